@@ -1,0 +1,4 @@
+//! The one driver that both ends of virtproxy share: a session over a channel, joined to local sockets.
+
+pub mod channel;
+pub mod segment;
