@@ -1,0 +1,88 @@
+//! Which stream sends next: deficit round robin, new and sparse streams first.
+//!
+//! The scheme is fq_codel's (RFC 8290, section 4.2) without the dropping: a stream that has just got something to send
+//! waits in `fresh` and goes before all others until it has used up one quantum or run dry; then it takes its turn
+//! in `bulk`, and leaves only when it is found dry there, so that running dry for an instant gains nothing.
+
+use alloc::collections::VecDeque;
+
+use crate::stream::{Stream, StreamId};
+use crate::table::{Streams, line_up};
+
+/// Bytes a stream may send in one turn.
+pub(crate) const QUANTUM: i32 = 64 * 1024;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Queue {
+    #[default]
+    None,
+    Fresh,
+    Bulk,
+}
+
+/// A stream's place in the schedule.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Place {
+    queue: Queue,
+    /// Bytes left in its turn; below 0 when the last frame went over.
+    deficit: i32,
+}
+
+#[derive(Default)]
+pub(crate) struct Schedule {
+    fresh: VecDeque<StreamId>,
+    bulk: VecDeque<StreamId>,
+}
+
+impl Schedule {
+    /// Puts a stream that can send in line, if it is not there yet.
+    pub(crate) fn add(&mut self, streams: &mut Streams, id: StreamId) {
+        let Some(stream) = streams.get_mut(id) else {
+            return;
+        };
+        if stream.queue.queue == Queue::None && stream.sendable() {
+            stream.queue = Place {
+                queue: Queue::Fresh,
+                deficit: QUANTUM,
+            };
+            line_up(&mut self.fresh, streams, id);
+        }
+    }
+
+    /// The stream whose turn it is, and the bytes left in its turn.
+    pub(crate) fn next(&mut self, streams: &mut Streams) -> Option<(StreamId, u32)> {
+        loop {
+            let from_fresh = !self.fresh.is_empty();
+            let line = if from_fresh {
+                &mut self.fresh
+            } else {
+                &mut self.bulk
+            };
+            let id = *line.front()?;
+            let Some(stream) = streams.get_mut(id) else {
+                line.pop_front();
+                continue;
+            };
+            let sendable = stream.sendable();
+            if let (true, Ok(left @ 1..)) = (sendable, u32::try_from(stream.queue.deficit)) {
+                return Some((id, left));
+            }
+            line.pop_front();
+            if sendable || from_fresh {
+                if stream.queue.deficit <= 0 {
+                    stream.queue.deficit += QUANTUM;
+                }
+                stream.queue.queue = Queue::Bulk;
+                line_up(&mut self.bulk, streams, id);
+            } else {
+                stream.queue.queue = Queue::None;
+            }
+        }
+    }
+
+    /// Counts `bytes` that the stream sent against its turn.
+    pub(crate) fn spent(stream: &mut Stream, bytes: u32) {
+        let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
+        stream.queue.deficit = stream.queue.deficit.saturating_sub(bytes);
+    }
+}

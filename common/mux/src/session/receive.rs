@@ -1,0 +1,499 @@
+//! Input: from bytes to events, data and credit.
+
+use alloc::string::String;
+
+use super::{Event, Expect, Payload, Session, State, Time, end_receiving};
+use crate::frame::{
+    HEADER_LEN, Header, MAX_CONTROL_FRAME, MAX_CONTROL_PAYLOAD, MAX_SERVICE_LEN, MAX_TEXT_LEN,
+    kind, split_u16, split_u32, valid_service_name,
+};
+use crate::hello::{Hello, MAGIC, Parse, printable};
+use crate::reason::{End, Reason, Violation};
+use crate::stream::{Half, Phase, Stream, StreamId};
+
+/// How many round trips a whole window may take for it to count as what holds the stream back.
+const GROWTH_ROUND_TRIPS: Time = 4;
+/// Taken for the round trip until one is measured, in microseconds.
+const UNKNOWN_ROUND_TRIP: Time = 5_000;
+
+impl Session {
+    /// The data that comes next in the input, if data comes next.
+    pub fn payload(&self) -> Option<Payload> {
+        match self.expect {
+            Expect::Frame => None,
+            Expect::Data(id, remaining) => Some(Payload {
+                stream: Some(id),
+                remaining,
+            }),
+            Expect::Skip(remaining) => Some(Payload {
+                stream: None,
+                remaining,
+            }),
+        }
+    }
+
+    /// The driver took `n` bytes of the data that [`Session::payload`] announced.
+    ///
+    /// # Panics
+    /// If that is more than was announced.
+    pub fn payload_taken(&mut self, n: usize) {
+        let Some(payload) = self.payload() else {
+            assert_eq!(n, 0, "no payload was announced");
+            return;
+        };
+        let left = payload
+            .remaining
+            .checked_sub(n)
+            .expect("more than was announced");
+        self.expect = match (payload.stream, left) {
+            (_, 0) => Expect::Frame,
+            (Some(id), left) => Expect::Data(id, left),
+            (None, left) => Expect::Skip(left),
+        };
+    }
+
+    /// Uses bytes from the front of `bytes` and returns how many. It stops early, at a frame's end, when there are
+    /// events to take or data comes next. An ended session uses none.
+    pub fn handle_bytes(&mut self, now: Time, bytes: &[u8]) -> usize {
+        let mut used = 0;
+        while used < bytes.len() && self.events.is_empty() && self.expect == Expect::Frame {
+            used += match self.state {
+                State::Seeking => self.seek(&bytes[used..]),
+                State::Established => self.gather(now, &bytes[used..]),
+                State::Ended => break,
+            };
+        }
+        used
+    }
+
+    /// Skips garbage up to a whole handshake; returns the bytes used.
+    fn seek(&mut self, bytes: &[u8]) -> usize {
+        if self.partial.is_empty() {
+            let garbage = bytes.iter().take_while(|byte| **byte != MAGIC[0]).count();
+            self.stats.skipped += garbage as u64;
+            if garbage > 0 {
+                return garbage;
+            }
+        }
+        self.partial.push(bytes[0]);
+        loop {
+            match Hello::parse(&self.partial) {
+                Parse::Partial => return 1,
+                Parse::Whole(hello, _) => {
+                    self.partial.clear();
+                    self.greet(hello);
+                    return 1;
+                }
+                Parse::Garbage => {
+                    let next = self.partial[1..]
+                        .iter()
+                        .position(|byte| *byte == MAGIC[0])
+                        .map_or(self.partial.len(), |at| at + 1);
+                    self.stats.skipped += next as u64;
+                    self.partial.drain(..next);
+                    if self.partial.is_empty() {
+                        return 1;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Completes a header or a control frame; returns the bytes used.
+    fn gather(&mut self, now: Time, bytes: &[u8]) -> usize {
+        let have = self.partial.len();
+        let need = match self.frame_len() {
+            Ok(len) => len,
+            Err(violation) => {
+                self.fail(violation);
+                return 0;
+            }
+        };
+        let n = (need - have).min(bytes.len());
+        self.partial.extend_from_slice(&bytes[..n]);
+        if self.partial.len() < need {
+            return n;
+        }
+        let result = if need == HEADER_LEN && self.partial[0] != kind::HELLO {
+            self.header()
+        } else {
+            self.frame(now)
+        };
+        match result {
+            Ok(()) if self.frame_done() => self.partial.clear(),
+            Ok(()) => {}
+            Err(violation) => self.fail(violation),
+        }
+        n
+    }
+
+    /// How many bytes of the current frame must be gathered before the next decision.
+    fn frame_len(&self) -> Result<usize, Violation> {
+        let Some(first) = self.partial.first() else {
+            return Ok(HEADER_LEN);
+        };
+        if *first == kind::HELLO {
+            return match Hello::parse(&self.partial) {
+                Parse::Garbage => Err(Violation::BadHello),
+                _ => Ok(self.partial.len() + 1),
+            };
+        }
+        match self.partial.first_chunk() {
+            Some(head) => Ok(HEADER_LEN + Header::decode(*head).len as usize),
+            None => Ok(HEADER_LEN),
+        }
+    }
+
+    /// Whether what is gathered is used up, as opposed to a header that waits for its payload.
+    fn frame_done(&self) -> bool {
+        match self.partial.first_chunk() {
+            Some(head) if head[0] != kind::HELLO => {
+                self.expect != Expect::Frame
+                    || self.partial.len() == HEADER_LEN + Header::decode(*head).len as usize
+            }
+            Some(_) => matches!(Hello::parse(&self.partial), Parse::Whole(..)),
+            None => false,
+        }
+    }
+
+    /// A header is complete: decides what to do with the payload.
+    fn header(&mut self) -> Result<(), Violation> {
+        let Some(head) = self.partial.first_chunk() else {
+            return Ok(());
+        };
+        let header = Header::decode(*head);
+        header.check()?;
+        match header.kind {
+            kind::DATA => self.data(header),
+            kind::FIN => self.fin(StreamId::from_wire(header.stream)),
+            known if known < kind::GOAWAY + 1 => {
+                debug_assert!(header.len as usize <= MAX_CONTROL_PAYLOAD);
+                Ok(())
+            }
+            _ignorable => {
+                if header.len > 0 {
+                    self.expect = Expect::Skip(header.len as usize);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Accounts for a data frame whose payload comes next.
+    fn data(&mut self, header: Header) -> Result<(), Violation> {
+        let (id, len) = (StreamId::from_wire(header.stream), header.len);
+        if len > self.config.max_frame {
+            return Err(Violation::CreditOverdrawn);
+        }
+        self.receive
+            .granted
+            .spend(len)
+            .map_err(|_| Violation::CreditOverdrawn)?;
+        self.receive.returnable += len;
+        self.stats.data_received += u64::from(len);
+        let wanted = self.with(id, |stream, _| match (stream.phase, stream.receiving) {
+            (Phase::Open, Half::Open) => {
+                stream
+                    .receive
+                    .granted
+                    .spend(len)
+                    .map_err(|_| Violation::CreditOverdrawn)?;
+                stream.receive.held += len;
+                Ok(true)
+            }
+            (Phase::Closing, _) => Ok(false),
+            _ => Err(Violation::Unexpected(kind::DATA)),
+        });
+        self.expect = match wanted.transpose()? {
+            Some(true) => Expect::Data(id, len as usize),
+            Some(false) | None => {
+                self.stats.late_frames += 1;
+                Expect::Skip(len as usize)
+            }
+        };
+        Ok(())
+    }
+
+    fn fin(&mut self, id: StreamId) -> Result<(), Violation> {
+        let finished = self.with(id, |stream, committed| {
+            match (stream.phase, stream.receiving) {
+                (Phase::Open, Half::Open) => {
+                    end_receiving(stream, committed);
+                    stream.owed.credit = false;
+                    Ok(true)
+                }
+                (Phase::Closing, _) => Ok(false),
+                _ => Err(Violation::Unexpected(kind::FIN)),
+            }
+        });
+        match finished.transpose()? {
+            Some(true) => self.events.push_back(Event::Finished(id)),
+            Some(false) | None => self.stats.late_frames += 1,
+        }
+        Ok(())
+    }
+
+    /// A handshake or control frame is complete.
+    fn frame(&mut self, now: Time) -> Result<(), Violation> {
+        if self.partial[0] == kind::HELLO {
+            match Hello::parse(&self.partial) {
+                Parse::Whole(hello, _) => self.greet(hello),
+                Parse::Partial => {}
+                Parse::Garbage => return Err(Violation::BadHello),
+            }
+            return Ok(());
+        }
+        let mut copy = [0; MAX_CONTROL_FRAME];
+        let frame = &mut copy[..self.partial.len()];
+        frame.copy_from_slice(&self.partial);
+        let Some((head, payload)) = frame.split_first_chunk() else {
+            return Ok(());
+        };
+        let header = Header::decode(*head);
+        let id = StreamId::from_wire(header.stream);
+        let short = Violation::BadLength {
+            kind: header.kind,
+            len: header.len,
+        };
+        match header.kind {
+            kind::OPEN => {
+                let (window, name) = split_u32(payload).ok_or(short)?;
+                self.asked(id, window, name)
+            }
+            kind::ACCEPT => {
+                let (window, _) = split_u32(payload).ok_or(short)?;
+                self.accepted(id, window)
+            }
+            kind::REFUSE | kind::RESET => {
+                let (code, text) = split_u16(payload).ok_or(short)?;
+                let reason = Reason::from_code(code);
+                self.over(id, header.kind, reason, printable(text, MAX_TEXT_LEN))
+            }
+            kind::CREDIT => {
+                let (bytes, _) = split_u32(payload).ok_or(short)?;
+                let added = self.with(id, |stream, _| match stream.phase {
+                    Phase::Open => stream
+                        .send
+                        .add(bytes)
+                        .map_err(|_| Violation::CreditOverflow),
+                    Phase::Closing => Ok(()),
+                    Phase::Opening | Phase::Asked => Err(Violation::Unexpected(kind::CREDIT)),
+                });
+                added.unwrap_or(Ok(()))
+            }
+            kind::SESSION_CREDIT => {
+                let (bytes, _) = split_u32(payload).ok_or(short)?;
+                self.send.add(bytes).map_err(|_| Violation::CreditOverflow)
+            }
+            kind::PING | kind::PONG => {
+                let token = payload.first_chunk().ok_or(short)?;
+                self.token(now, header.kind, u64::from_le_bytes(*token));
+                Ok(())
+            }
+            kind::GOAWAY => {
+                let (code, text) = split_u16(payload).ok_or(short)?;
+                let reason = Reason::from_code(code);
+                let text = printable(text, MAX_TEXT_LEN);
+                self.goes_away(reason, text);
+                Ok(())
+            }
+            other => Err(Violation::Unexpected(other)),
+        }
+    }
+
+    fn asked(&mut self, id: StreamId, window: u32, name: &[u8]) -> Result<(), Violation> {
+        if !id.peer_opened() || id.slot() >= self.config.max_streams {
+            return Err(Violation::BadOpen);
+        }
+        if name.len() > MAX_SERVICE_LEN || !valid_service_name(name) {
+            return Err(Violation::BadServiceName);
+        }
+        let mut stream = Stream::new(id, Phase::Asked);
+        stream
+            .send
+            .add(window)
+            .map_err(|_| Violation::CreditOverflow)?;
+        self.admit(stream).ok_or(Violation::BadOpen)?;
+        if self.going_away {
+            self.refuse(id, Reason::ShuttingDown, "");
+            return Ok(());
+        }
+        let service = String::from_utf8_lossy(name).into_owned();
+        self.events.push_back(Event::Asked {
+            stream: id,
+            service,
+        });
+        Ok(())
+    }
+
+    fn accepted(&mut self, id: StreamId, window: u32) -> Result<(), Violation> {
+        let accepted = self.with(id, |stream, _| match stream.phase {
+            Phase::Opening if !stream.owed.open => {
+                stream.phase = Phase::Open;
+                stream
+                    .send
+                    .add(window)
+                    .map_err(|_| Violation::CreditOverflow)?;
+                Ok(true)
+            }
+            Phase::Closing => Ok(false),
+            _ => Err(Violation::Unexpected(kind::ACCEPT)),
+        });
+        match accepted.transpose()? {
+            Some(true) => self.events.push_back(Event::Accepted(id)),
+            Some(false) | None => self.stats.late_frames += 1,
+        }
+        Ok(())
+    }
+
+    /// A REFUSE or RESET: the stream is gone, whatever it still owed.
+    fn over(
+        &mut self,
+        id: StreamId,
+        kind: u8,
+        reason: Reason,
+        text: String,
+    ) -> Result<(), Violation> {
+        let told = self.with(id, |stream, committed| {
+            let (phase, unsent) = (stream.phase, stream.owed.open);
+            let allowed = match kind {
+                kind::REFUSE => !id.peer_opened() && phase != Phase::Open,
+                _ => true,
+            };
+            if !allowed || (phase == Phase::Opening && unsent) {
+                return Err(Violation::Unexpected(kind));
+            }
+            super::close(stream, committed);
+            Ok(phase != Phase::Closing)
+        });
+        match told.transpose()? {
+            Some(true) if kind == kind::REFUSE => self.events.push_back(Event::Refused {
+                stream: id,
+                reason,
+                text,
+            }),
+            Some(true) => self.events.push_back(Event::Reset {
+                stream: id,
+                reason,
+                text,
+            }),
+            Some(false) | None => self.stats.late_frames += 1,
+        }
+        Ok(())
+    }
+
+    fn token(&mut self, now: Time, kind: u8, token: u64) {
+        if kind == kind::PING {
+            self.owed.pong = Some(token);
+        } else if let (Some(sent), true) = (self.ping_sent, token == self.ping_token) {
+            let round_trip = now.saturating_sub(sent).max(1);
+            self.ping_sent = None;
+            self.round_trip = Some(round_trip);
+            self.events.push_back(Event::RoundTrip(round_trip));
+        }
+    }
+
+    fn goes_away(&mut self, reason: Reason, text: String) {
+        if reason == Reason::ShuttingDown {
+            self.going_away = true;
+            self.events.push_back(Event::GoingAway { reason, text });
+        } else {
+            self.end(End::PeerAborted(reason));
+        }
+    }
+
+    /// The peer's handshake, while seeking or in mid-session.
+    fn greet(&mut self, hello: Hello) {
+        if hello.epoch == self.epoch {
+            return; // our own bytes came back: a terminal that echoes
+        }
+        let for_us = hello.ack == self.epoch;
+        if self.is_established() {
+            let same = self
+                .peer
+                .as_ref()
+                .is_some_and(|peer| peer.epoch == hello.epoch);
+            if !(same && for_us) {
+                self.end(End::PeerRestarted);
+            }
+            return;
+        }
+        if hello.ack != 0 && !for_us {
+            return; // an answer to somebody before us
+        }
+        let (min, max) = self.config.versions;
+        let compatible = hello.common_version(min, max).is_some();
+        let new = self
+            .peer
+            .as_ref()
+            .is_none_or(|peer| peer.epoch != hello.epoch);
+        if new {
+            self.owed.hello = Some(hello.epoch);
+        }
+        self.peer = Some(hello.clone());
+        if !compatible {
+            if new {
+                self.events.push_back(Event::Incompatible(hello));
+            }
+        } else if for_us {
+            self.state = State::Established;
+            self.send =
+                crate::credit::Credit::new(hello.session_window.min(1 << 30)).unwrap_or_default();
+            self.owed.ping = true;
+            self.events.push_back(Event::Established(hello));
+        }
+    }
+
+    /// Ends the session for what the peer did, and tells it.
+    fn fail(&mut self, violation: Violation) {
+        let text = alloc::format!("{violation}");
+        self.end(End::Violation(violation));
+        self.owed.goaway = Some((Reason::ProtocolError, text.into()));
+    }
+
+    fn end(&mut self, end: End) {
+        self.state = State::Ended;
+        self.expect = Expect::Frame;
+        self.partial.clear();
+        self.control.clear();
+        self.owed = super::Owed::default();
+        self.events.push_back(Event::Ended(end));
+    }
+
+    /// See [`Session::consumed`].
+    pub(super) fn return_credit(&mut self, now: Time, id: StreamId, n: usize) {
+        let n = u32::try_from(n).unwrap_or(u32::MAX);
+        let round_trip = self.round_trip.unwrap_or(UNKNOWN_ROUND_TRIP);
+        let max_window = self.config.max_window;
+        let pool = self.pool();
+        let counted = self.with(id, |stream, committed| {
+            if stream.receiving == Half::Ended {
+                return false;
+            }
+            let receive = &mut stream.receive;
+            debug_assert!(n <= receive.held, "consumed more than was held");
+            let n = n.min(receive.held);
+            receive.held -= n;
+            receive.returnable += n;
+            receive.measured += n;
+            if receive.measured >= receive.window {
+                let fast = now.saturating_sub(receive.since) <= GROWTH_ROUND_TRIPS * round_trip;
+                let drained = receive.held < receive.window / 2;
+                let growth = receive
+                    .window
+                    .min(max_window - receive.window.min(max_window));
+                if fast && drained && u64::from(growth) * 4 <= pool {
+                    receive.window += growth;
+                    receive.returnable += growth;
+                    *committed += u64::from(growth);
+                }
+                (receive.measured, receive.since) = (0, now);
+            }
+            stream.owed.credit |= receive.returnable >= receive.window / 2;
+            true
+        });
+        if counted != Some(true) {
+            self.committed = self.committed.saturating_sub(u64::from(n));
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Output: which frame goes next.
+
+use super::{Session, State, Time, Transmit};
+use crate::frame::{HEADER_LEN, Header, MAX_CONTROL_FRAME, Writer, kind};
+use crate::hello::{Hello, MAX_PRODUCT_LEN, truncate};
+use crate::reason::Reason;
+use crate::schedule::Schedule;
+use crate::stream::{Note, Phase, Stream, StreamId};
+
+/// The least room worth starting a data frame in, in bytes.
+const MIN_DATA_ROOM: usize = HEADER_LEN + 1024;
+
+impl Session {
+    /// The next frame to send, if there is one that fits in `room` bytes. Control frames are written to `buf`, which
+    /// holds at least [`MAX_CONTROL_FRAME`] bytes.
+    pub fn poll_transmit(&mut self, now: Time, room: usize, buf: &mut [u8]) -> Option<Transmit> {
+        if self.owes_control() || self.owes_session_credit() {
+            if room < MAX_CONTROL_FRAME {
+                return None;
+            }
+            if let Some(len) = self.session_frame(now, buf) {
+                return Some(Transmit::Control(len));
+            }
+            while let Some(id) = self.control.front().copied() {
+                match self.with(id, |stream, _| stream_frame(stream, buf)) {
+                    Some(Some(len)) => return Some(Transmit::Control(len)),
+                    Some(None) | None => {
+                        self.control.pop_front();
+                    }
+                }
+            }
+        }
+        self.data_turn(room)
+    }
+
+    fn data_turn(&mut self, room: usize) -> Option<Transmit> {
+        let max_frame = self.peer()?.max_frame as usize;
+        if room < MIN_DATA_ROOM || self.send.bytes() == 0 {
+            return None;
+        }
+        let (id, turn) = self.schedule.next(&mut self.streams)?;
+        let credit = self.streams.get(id)?.send.min(self.send).bytes();
+        let max = (room - HEADER_LEN)
+            .min(max_frame)
+            .min(credit.min(turn) as usize);
+        Some(Transmit::Data { stream: id, max })
+    }
+
+    /// See [`Session::sent`].
+    pub(super) fn account_sent(&mut self, id: StreamId, n: usize) -> [u8; HEADER_LEN] {
+        let len = u32::try_from(n).expect("no longer than a frame");
+        self.send.spend(len).expect("within the session's credit");
+        self.stats.data_sent += u64::from(len);
+        self.with(id, |stream, _| {
+            stream.send.spend(len).expect("within the stream's credit");
+            Schedule::spent(stream, len);
+        });
+        Header {
+            kind: kind::DATA,
+            len,
+            stream: id.to_wire(),
+        }
+        .encode()
+    }
+
+    fn owes_session_credit(&self) -> bool {
+        self.state == State::Established
+            && self.receive.returnable >= self.config.session_window / 4
+    }
+
+    /// A frame that the session itself owes.
+    fn session_frame(&mut self, now: Time, buf: &mut [u8]) -> Option<usize> {
+        if let Some(ack) = self.owed.hello.take() {
+            let hello = self.hello(ack).encode();
+            buf[..hello.len()].copy_from_slice(&hello);
+            return Some(hello.len());
+        }
+        if let Some(token) = self.owed.pong.take() {
+            return Some(token_frame(buf, kind::PONG, token));
+        }
+        if core::mem::take(&mut self.owed.ping) {
+            self.ping_token = self.ping_token.wrapping_add(1);
+            self.ping_sent = Some(now);
+            return Some(token_frame(buf, kind::PING, self.ping_token));
+        }
+        if let Some((reason, text)) = self.owed.goaway.take() {
+            return Some(reason_frame(buf, kind::GOAWAY, 0, reason, &text));
+        }
+        if self.owes_session_credit() {
+            let bytes = core::mem::take(&mut self.receive.returnable);
+            self.receive.granted.add(bytes).expect("within the window");
+            return Some(credit_frame(buf, kind::SESSION_CREDIT, 0, bytes));
+        }
+        None
+    }
+
+    fn hello(&self, ack: u64) -> Hello {
+        let (min_version, max_version) = self.config.versions;
+        Hello {
+            min_version,
+            max_version,
+            epoch: self.epoch,
+            ack,
+            features: 0,
+            max_frame: self.config.max_frame,
+            session_window: self.config.session_window,
+            max_streams: self.config.max_streams,
+            product: truncate(&self.config.product, MAX_PRODUCT_LEN).into(),
+        }
+    }
+}
+
+/// The next control frame a stream owes, in the order the peer must see them; `None` when it owes no more.
+fn stream_frame(stream: &mut Stream, buf: &mut [u8]) -> Option<usize> {
+    use core::mem::take;
+    let wire = stream.id.to_wire();
+    let window = stream.receive.window;
+    if take(&mut stream.owed.open) {
+        debug_assert_eq!(stream.phase, Phase::Opening);
+        let frame = Writer::new(buf, kind::OPEN, wire).bytes(&window.to_le_bytes());
+        return match stream.note.take() {
+            Some(Note::Service(name)) => Some(frame.bytes(&name).finish()),
+            _ => None,
+        };
+    }
+    if take(&mut stream.owed.accept) {
+        return Some(credit_frame(buf, kind::ACCEPT, wire, window));
+    }
+    if take(&mut stream.owed.credit) {
+        let bytes = take(&mut stream.receive.returnable);
+        stream
+            .receive
+            .granted
+            .add(bytes)
+            .expect("within the window");
+        return Some(credit_frame(buf, kind::CREDIT, wire, bytes));
+    }
+    if take(&mut stream.owed.fin) {
+        return Some(Writer::new(buf, kind::FIN, wire).finish());
+    }
+    let (refuse, reset) = (take(&mut stream.owed.refuse), take(&mut stream.owed.reset));
+    let last = match (refuse, reset) {
+        (true, _) => kind::REFUSE,
+        (_, true) => kind::RESET,
+        _ => {
+            stream.in_control = false;
+            return None;
+        }
+    };
+    match stream.note.take() {
+        Some(Note::Why(reason, text)) => Some(reason_frame(buf, last, wire, reason, &text)),
+        _ => Some(reason_frame(buf, last, wire, Reason::Cancelled, "")),
+    }
+}
+
+fn credit_frame(buf: &mut [u8], kind: u8, stream: u32, bytes: u32) -> usize {
+    Writer::new(buf, kind, stream)
+        .bytes(&bytes.to_le_bytes())
+        .finish()
+}
+
+fn token_frame(buf: &mut [u8], kind: u8, token: u64) -> usize {
+    Writer::new(buf, kind, 0)
+        .bytes(&token.to_le_bytes())
+        .finish()
+}
+
+fn reason_frame(buf: &mut [u8], kind: u8, stream: u32, reason: Reason, text: &str) -> usize {
+    Writer::new(buf, kind, stream)
+        .bytes(&reason.code().to_le_bytes())
+        .bytes(text.as_bytes())
+        .finish()
+}
