@@ -30,10 +30,11 @@
 //! ```
 //!
 //! *No wake-up is lost*: the port's epoll is edge-triggered, so every call that says `Wait` has seen
-//! `EAGAIN` (or an idle source) first, and whatever changes after that is a new edge. Adding interest in writing
-//! looks at the state again, in the kernel. *No wake-up is repeated*: an edge is taken out when it is seen, so a lasting
-//! `HUP` wakes us once. Writability is watched only while there is something to write: the port's driver
-//! wakes its waiters each time the host took a buffer, and those wake-ups mean nothing to an idle sender.
+//! `EAGAIN` (or an idle source) first, and whatever changes after that is a new edge. Adding interest in
+//! writing looks at the state again, in the kernel. *No wake-up is repeated*: an edge is taken out when it
+//! is seen, so a lasting `HUP` wakes us once. Writability is watched only while there is something to
+//! write: the port's driver wakes its waiters each time the host took a buffer, and those wake-ups mean
+//! nothing to an idle sender.
 //!
 //! The driver has a trap here: a `poll` of the port also reclaims sent buffers, and then the interrupt that
 //! announces them wakes nobody. That is harmless as long as every poll's answer reaches the one who
