@@ -1,0 +1,471 @@
+//! A running guest.
+//!
+//! It has no network card. Its first serial port is the kernel's console and goes to a file, which errors quote; the
+//! second carries the command shell. QEMU connects to sockets that already listen in the guest's own temporary
+//! folder, so nothing is polled for at the start. Dropping a [`Guest`] ends its QEMU by its own process id; should this
+//! process be killed, the kernel ends it.
+
+use crate::image::{self, GuestFile};
+use crate::lab::Lab;
+use crate::qmp::Qmp;
+use crate::shell::{Output, Shell};
+use crate::spawn;
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What a guest is to be like. `GuestOptions::default()` is a guest with nothing but its two serial ports.
+#[derive(Debug, Clone)]
+pub struct GuestOptions {
+    /// Memory in MiB, shared with vhost-user processes.
+    pub memory_mib: u32,
+    /// Virtual processors.
+    pub smp: u32,
+    /// More arguments for QEMU: devices and their chardevs.
+    pub qemu_args: Vec<String>,
+    /// Files added to the guest.
+    pub files: Vec<GuestFile>,
+    /// Shell lines that the guest runs at its start, before its servers.
+    pub boot_lines: Vec<String>,
+    /// More words for the kernel's command line.
+    pub kernel_args: String,
+    /// How long it may take until its shell answers.
+    pub boot_limit: Duration,
+}
+
+impl Default for GuestOptions {
+    fn default() -> Self {
+        Self {
+            memory_mib: 512,
+            smp: 2,
+            qemu_args: Vec::new(),
+            files: Vec::new(),
+            boot_lines: Vec::new(),
+            kernel_args: String::new(),
+            boot_limit: Duration::from_secs(90),
+        }
+    }
+}
+
+impl GuestOptions {
+    /// Adds QEMU arguments, such as those of [`crate::vhost_user_console`].
+    #[must_use]
+    pub fn device(mut self, arguments: Vec<String>) -> Self {
+        self.qemu_args.extend(arguments);
+        self
+    }
+
+    /// Adds a file.
+    #[must_use]
+    pub fn file(mut self, file: GuestFile) -> Self {
+        self.files.push(file);
+        self
+    }
+
+    /// Adds the agent as `/usr/bin/virtproxy-agent`.
+    #[must_use]
+    pub fn agent(self, program: &Path) -> Self {
+        self.file(GuestFile::copy(program, "/usr/bin/virtproxy-agent"))
+    }
+
+    /// Adds a line that the guest's shell runs at the start.
+    #[must_use]
+    pub fn boot_line(mut self, line: &str) -> Self {
+        self.boot_lines.push(line.to_owned());
+        self
+    }
+}
+
+/// A running guest. All its methods may be called from several threads; commands run one after the other.
+#[derive(Debug)]
+pub struct Guest {
+    folder: PathBuf,
+    boot_limit: Duration,
+    pid: u32,
+    child: Mutex<Child>,
+    qmp: Mutex<Qmp>,
+    shell: Mutex<Shell>,
+}
+
+/// The limit of [`Guest::run`].
+pub const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+/// How long QEMU may take to end after it was asked to.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+impl Guest {
+    /// Starts QEMU and waits until the guest's shell answers, its web server listens on 127.0.0.1:80 and its SSH
+    /// server on 127.0.0.1:22.
+    pub fn boot(lab: &Lab, options: GuestOptions) -> Result<Self> {
+        let folder = temporary_folder()?;
+        let result = Self::boot_in(lab, &options, &folder);
+        if result.is_err() && std::env::var_os("VIRTPROXY_KEEP").is_none() {
+            let _ = fs::remove_dir_all(&folder);
+        }
+        result
+    }
+
+    fn boot_in(lab: &Lab, options: &GuestOptions, folder: &Path) -> Result<Self> {
+        let initrd = folder.join("initrd");
+        image::for_boot(
+            &lab.image,
+            &lab.userland,
+            &options.files,
+            &options.boot_lines,
+            &initrd,
+        )?;
+        let listen = |name: &str| {
+            let path = folder.join(name);
+            UnixListener::bind(&path)
+                .with_context(|| format!("cannot listen on {}", path.display()))
+        };
+        let (shell, qmp) = (listen("shell")?, listen("qmp")?);
+        let mut command = lab.qemu_command();
+        command
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-machine",
+                "q35,memory-backend=mem0",
+            ])
+            .args([
+                "-object",
+                &format!(
+                    "memory-backend-memfd,id=mem0,size={}M,share=on",
+                    options.memory_mib
+                ),
+            ])
+            .args([
+                "-m",
+                &format!("{}M", options.memory_mib),
+                "-smp",
+                &options.smp.to_string(),
+            ])
+            .args(lab.accel.arguments())
+            .args([
+                "-chardev",
+                &format!("file,id=console,path={}", folder.join("console").display()),
+            ])
+            .args(["-serial", "chardev:console"])
+            .args([
+                "-chardev",
+                &format!("socket,id=shell,path={}", folder.join("shell").display()),
+            ])
+            .args(["-serial", "chardev:shell"])
+            .args(["-qmp", &format!("unix:{}", folder.join("qmp").display())])
+            .arg("-kernel")
+            .arg(&lab.kernel.image)
+            .arg("-initrd")
+            .arg(&initrd)
+            .args([
+                "-append",
+                format!("console=ttyS0 quiet {}", options.kernel_args).trim(),
+            ])
+            .args(&options.qemu_args)
+            .stdin(Stdio::null())
+            .stdout(
+                File::create(folder.join("stdout"))
+                    .context("cannot create a file for QEMU's output")?,
+            )
+            .stderr(
+                File::create(folder.join("stderr"))
+                    .context("cannot create a file for QEMU's errors")?,
+            );
+        let child = spawn::spawn(command).context("cannot start QEMU")?;
+        let mut starting = Starting {
+            child: Some(child),
+            folder,
+        };
+        let deadline = Instant::now() + options.boot_limit;
+        let shell = starting
+            .accept(&shell, deadline)
+            .map_err(|error| starting.explain(error))?;
+        let qmp = starting
+            .accept(&qmp, deadline)
+            .map_err(|error| starting.explain(error))?;
+        let qmp = Qmp::new(qmp).map_err(|error| starting.explain(error))?;
+        let mut shell = Shell::new(shell);
+        let ready = shell.ready(deadline, &mut || starting.look());
+        ready
+            .context("the guest did not boot")
+            .map_err(|error| starting.explain(error))?;
+        // The kernel has its image: it stays away from the disk from here on.
+        let _ = fs::remove_file(&initrd);
+        let child = starting.child.take().context("QEMU was just there")?;
+        Ok(Self {
+            folder: folder.to_owned(),
+            boot_limit: options.boot_limit,
+            pid: child.id(),
+            child: Mutex::new(child),
+            qmp: Mutex::new(qmp),
+            shell: Mutex::new(shell),
+        })
+    }
+
+    /// Runs shell lines in the guest, for [`COMMAND_LIMIT`] at most. What must go on running is started with
+    /// `setsid ... >/tmp/log 2>&1 &`.
+    pub fn run(&self, script: &str) -> Result<Output> {
+        self.run_for(script, COMMAND_LIMIT)
+    }
+
+    /// Runs shell lines in the guest with a limit.
+    pub fn run_for(&self, script: &str, limit: Duration) -> Result<Output> {
+        let output = lock(&self.shell).run(script, limit, &mut || self.look());
+        output
+            .with_context(|| format!("in the guest: {script}"))
+            .map_err(|error| explain(error, &self.folder))
+    }
+
+    /// Runs shell lines that must succeed and gives their standard output without the last line end.
+    pub fn check(&self, script: &str) -> Result<String> {
+        let output = self.run(script)?;
+        if !output.success() {
+            bail!(
+                "in the guest: {script}: status {}\n{}{}",
+                output.status,
+                output.stdout,
+                output.stderr
+            );
+        }
+        Ok(output.stdout.trim_end_matches('\n').to_owned())
+    }
+
+    /// Sends a command to QEMU (QMP) and gives what it returns.
+    pub fn qmp(&self, command: &str, arguments: Value) -> Result<Value> {
+        lock(&self.qmp)
+            .execute(command, arguments)
+            .map_err(|error| explain(error, &self.folder))
+    }
+
+    /// Waits for an event of QEMU; one that came before and that nobody waited for counts.
+    pub fn event(&self, name: &str, limit: Duration) -> Result<Value> {
+        lock(&self.qmp).event(name, limit)
+    }
+
+    /// Pauses the guest.
+    pub fn stop(&self) -> Result<()> {
+        self.qmp("stop", json!({})).map(drop)
+    }
+
+    /// Lets a paused guest go on.
+    pub fn cont(&self) -> Result<()> {
+        self.qmp("cont", json!({})).map(drop)
+    }
+
+    /// Resets the guest like its reset button and waits until its shell answers again.
+    pub fn reset(&self) -> Result<()> {
+        let mut shell = lock(&self.shell);
+        {
+            let mut qmp = lock(&self.qmp);
+            qmp.forget_events();
+            qmp.execute("system_reset", json!({}))?;
+        }
+        let deadline = Instant::now() + self.boot_limit;
+        let ready = shell.ready(deadline, &mut || self.look());
+        ready
+            .context("the guest did not come back after its reset")
+            .map_err(|error| explain(error, &self.folder))
+    }
+
+    /// Asks QEMU to end and waits for it.
+    pub fn quit(&self) -> Result<ExitStatus> {
+        // QEMU may close the socket before its answer is read.
+        let _ = lock(&self.qmp).execute("quit", json!({}));
+        self.wait_exit(END_LIMIT)
+    }
+
+    /// Kills QEMU (SIGKILL) and waits for it.
+    pub fn kill(&self) -> Result<ExitStatus> {
+        let mut child = lock(&self.child);
+        child.kill().context("cannot kill QEMU")?;
+        child.wait().context("cannot wait for QEMU")
+    }
+
+    /// Waits until QEMU has ended.
+    pub fn wait_exit(&self, limit: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = lock(&self.child)
+                .try_wait()
+                .context("cannot wait for QEMU")?
+            {
+                return Ok(status);
+            }
+            if Instant::now() >= deadline {
+                return Err(explain(
+                    anyhow!("QEMU still runs after {limit:?}"),
+                    &self.folder,
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// True while QEMU runs.
+    pub fn is_running(&self) -> bool {
+        matches!(lock(&self.child).try_wait(), Ok(None))
+    }
+
+    /// QEMU's process id.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// What QEMU has printed as errors so far.
+    pub fn stderr(&self) -> String {
+        text_of(&self.folder.join("stderr"))
+    }
+
+    /// What the guest's kernel has printed so far.
+    pub fn console(&self) -> String {
+        text_of(&self.folder.join("console"))
+    }
+
+    /// A folder for sockets and files of this guest; it goes with the guest.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    fn look(&self) -> Result<()> {
+        look(&mut lock(&self.child), &self.folder)
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Errors here mean that it has ended already.
+        let _ = self.kill();
+        if std::env::var_os("VIRTPROXY_KEEP").is_none() {
+            let _ = fs::remove_dir_all(&self.folder);
+        }
+    }
+}
+
+/// QEMU before the guest has booted; it ends with this value unless it is taken out.
+struct Starting<'a> {
+    child: Option<Child>,
+    folder: &'a Path,
+}
+
+impl Starting<'_> {
+    fn look(&mut self) -> Result<()> {
+        self.child
+            .as_mut()
+            .map_or(Ok(()), |child| look(child, self.folder))
+    }
+
+    fn accept(&mut self, listener: &UnixListener, deadline: Instant) -> Result<UnixStream> {
+        listener
+            .set_nonblocking(true)
+            .context("cannot wait for QEMU without blocking")?;
+        loop {
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    stream
+                        .set_nonblocking(false)
+                        .context("cannot use QEMU's connection")?;
+                    return Ok(stream);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error).context("cannot wait for QEMU"),
+            }
+            self.look()?;
+            if Instant::now() >= deadline {
+                bail!("QEMU did not connect in time");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// A QEMU that is about to end closes its sockets first: its end is the better reason.
+    fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
+        let deadline = Instant::now() + Duration::from_millis(500);
+        let mut error = error;
+        while Instant::now() < deadline {
+            if let Err(ended) = self.look() {
+                error = ended;
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        explain(error, self.folder)
+    }
+}
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            // Errors here mean that it has ended already.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// An error when QEMU has ended or the guest's kernel has panicked.
+fn look(child: &mut Child, folder: &Path) -> Result<()> {
+    if let Some(status) = child.try_wait().context("cannot wait for QEMU")? {
+        bail!("QEMU has ended: {status}");
+    }
+    if text_of(&folder.join("console")).contains("Kernel panic") {
+        bail!("the guest's kernel panicked");
+    }
+    Ok(())
+}
+
+/// The error with the end of the console and of QEMU's own errors.
+fn explain(error: anyhow::Error, folder: &Path) -> anyhow::Error {
+    let tail = |name: &str| {
+        let text = crate::apt::last_lines(text_of(&folder.join(name)).as_bytes(), 20);
+        if text.is_empty() {
+            "(nothing)".to_owned()
+        } else {
+            text
+        }
+    };
+    let told = format!(
+        "{error:#}\n--- the guest's console:\n{}\n--- QEMU:\n{}",
+        tail("console"),
+        tail("stderr")
+    );
+    anyhow!(told)
+}
+
+fn text_of(file: &Path) -> String {
+    fs::read(file)
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .unwrap_or_default()
+}
+
+/// A folder of this user alone, with a path short enough for sockets.
+pub fn temporary_folder() -> Result<PathBuf> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let base = Some(std::env::temp_dir())
+        .filter(|dir| dir.as_os_str().len() < 60)
+        .unwrap_or_else(|| "/tmp".into());
+    loop {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let folder = base.join(format!("virtproxy-{}-{number}", std::process::id()));
+        match fs::DirBuilder::new().mode(0o700).create(&folder) {
+            Ok(()) => return Ok(folder),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => {
+                return Err(error)
+                    .with_context(|| format!("cannot create {}: set TMPDIR", folder.display()));
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,55 @@
+//! Programs of the host side: the system's own when they are installed, else the ones extracted into the cache.
+//!
+//! An extracted program runs through the loader and libraries it was extracted with, because the machine's C library
+//! may be older. A short shell script in the cache's `bin` folder does that, so every tool has one plain path that
+//! can be printed, copied and run by hand.
+
+use crate::cache::{Cache, write_whole};
+use crate::prefix::Prefix;
+use anyhow::Result;
+use std::path::{Path, PathBuf};
+
+/// The file that a shell would run for `program`.
+pub(crate) fn in_path(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|dir| dir.join(program))
+        .find(|file| is_executable(file))
+}
+
+/// True for a file that may be run.
+pub(crate) fn is_executable(file: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    file.metadata()
+        .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
+
+/// Writes the script `bin/NAME` that runs `program` of `prefix`; `environment` and `arguments` come before the
+/// caller's own.
+pub(crate) fn wrap(
+    cache: &Cache,
+    prefix: &Prefix,
+    program: &str,
+    environment: &[(&str, String)],
+    arguments: &[String],
+) -> Result<PathBuf> {
+    let name = program.rsplit('/').next().unwrap_or(program);
+    let file = cache.dir("bin")?.join(name);
+    let environment: String = environment
+        .iter()
+        .map(|(key, value)| format!("{key}='{value}' "))
+        .collect();
+    let arguments: String = arguments
+        .iter()
+        .map(|argument| format!("'{argument}' "))
+        .collect();
+    let script = format!(
+        "#!/bin/sh\n# Written by virtproxy's lab: runs the cache's own {name} with the libraries it came with.\n\
+         {environment}exec '{}' --library-path '{}' '{}' {arguments}\"$@\"\n",
+        prefix.loader()?.display(),
+        prefix.library_path(),
+        prefix.root().join(program).display(),
+    );
+    write_whole(&file, script.as_bytes(), 0o755)?;
+    Ok(file)
+}

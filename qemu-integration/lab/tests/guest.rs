@@ -1,0 +1,163 @@
+//! The lab itself, with real guests: boots, runs commands, resets, pauses, reports failures. Run by `cargo xtask test`.
+
+use anyhow::{Context, Result};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+use virtproxy_lab::serde_json::json;
+use virtproxy_lab::{GuestFile, GuestOptions, Lab, temporary_folder, virtserialport};
+
+#[test]
+#[ignore = "boots a guest: run `cargo xtask test`"]
+fn one_guest_through_its_life() -> Result<()> {
+    let folder = temporary_folder()?;
+    let port = folder.join("port");
+    let begun = Instant::now();
+    let guest = Lab::get()?.boot(
+        GuestOptions::default()
+            .device(virtserialport(&port, "org.virtproxy.0"))
+            .file(GuestFile::bytes("hello\n", "/etc/greeting"))
+            .boot_line("echo from the start > /tmp/started"),
+    )?;
+    eprintln!("booted in {:.2} s", begun.elapsed().as_secs_f64());
+    assert!(!guest.check("uname -r")?.is_empty());
+    assert_eq!(
+        guest.check("cat /etc/greeting /tmp/started")?,
+        "hello\nfrom the start"
+    );
+
+    // Statuses, both outputs, odd bytes, long scripts, long outputs.
+    let output = guest.run("echo out; echo err >&2; exit 7")?;
+    assert_eq!(
+        (
+            output.status,
+            output.stdout.as_str(),
+            output.stderr.as_str()
+        ),
+        (7, "out\n", "err\n")
+    );
+    assert_eq!(
+        guest.check("printf '\\003\\004\\021@lab END 1\\n\\033'")?,
+        "\u{3}\u{4}\u{11}@lab END 1\n\u{1b}"
+    );
+    let long = "x".repeat(20_000);
+    assert_eq!(guest.check(&format!("echo {long}"))?, long);
+    assert_eq!(
+        guest
+            .check("seq 1 20000 | md5sum")?
+            .split(' ')
+            .next()
+            .map(str::len),
+        Some(32)
+    );
+    assert_eq!(guest.check("seq 1 20000")?.lines().count(), 20_000);
+    guest.check("(while sleep 0.01; do echo noise; done) &")?;
+    assert_eq!(guest.check("sleep 0.1; echo quiet")?, "quiet");
+
+    // A command that takes too long ends, and the next one works.
+    let error = guest
+        .run_for("echo partial; sleep 60", Duration::from_secs(1))
+        .unwrap_err();
+    assert!(format!("{error:#}").contains("partial"), "{error:#}");
+    assert_eq!(guest.check("echo next")?, "next");
+
+    // Its servers, and that it has no network but loopback.
+    assert_eq!(guest.check("ls /sys/class/net")?, "lo");
+    assert!(
+        guest
+            .check("wget -qO- http://127.0.0.1/")?
+            .contains("no network card")
+    );
+    assert!(
+        guest
+            .check("wget -qO- http://127.0.0.1/tmp/started")?
+            .contains("from the start")
+    );
+    assert!(
+        guest
+            .check("nc 127.0.0.1 22 </dev/null | head -n 1")?
+            .starts_with("SSH-2.0")
+    );
+    assert!(guest.check("socat -V | head -n 2")?.contains("socat"));
+
+    // The port, both ways.
+    assert_eq!(
+        guest.check("cat /sys/class/virtio-ports/*/name")?,
+        "org.virtproxy.0"
+    );
+    let node = guest.check("basename /sys/class/virtio-ports/*")?;
+    let mut stream = UnixStream::connect(&port).context("cannot connect to the port")?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    guest.check(&format!(
+        "setsid sh -c 'exec 3<>/dev/{node}; cat <&3 >&3' >/tmp/port.log 2>&1 & sleep 0.5"
+    ))?;
+    stream.write_all(b"through the port")?;
+    let mut buffer = [0; 16];
+    stream.read_exact(&mut buffer)?;
+    assert_eq!(&buffer, b"through the port");
+
+    // Pause and reset.
+    guest.stop()?;
+    assert_eq!(guest.qmp("query-status", json!({}))?["status"], "paused");
+    guest.event("STOP", Duration::from_secs(1))?;
+    guest.cont()?;
+    guest.check("touch /tmp/before")?;
+    let begun = Instant::now();
+    guest.reset()?;
+    eprintln!("reset in {:.2} s", begun.elapsed().as_secs_f64());
+    assert_eq!(
+        guest.check("ls /tmp/before 2>/dev/null; cat /tmp/started")?,
+        "from the start"
+    );
+
+    let pid = guest.pid();
+    assert!(guest.quit()?.success());
+    assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+    std::fs::remove_dir_all(folder)?;
+    Ok(())
+}
+
+#[test]
+#[ignore = "boots a guest: run `cargo xtask test`"]
+fn failures_show_the_console_and_what_qemu_said() -> Result<()> {
+    let lab = Lab::get()?;
+    let wrong = GuestOptions::default().device(vec!["-device".into(), "no-such-device".into()]);
+    let error = format!("{:#}", lab.boot(wrong).unwrap_err());
+    assert!(
+        error.contains("no-such-device") && error.contains("QEMU has ended"),
+        "{error}"
+    );
+
+    let panics = GuestOptions {
+        kernel_args: "rdinit=/nowhere".to_owned(),
+        ..GuestOptions::default()
+    };
+    let error = format!("{:#}", lab.boot(panics).unwrap_err());
+    assert!(
+        error.contains("kernel panicked") && error.contains("VFS"),
+        "{error}"
+    );
+
+    let missing = GuestOptions::default().agent("/nowhere/virtproxy-agent".as_ref());
+    let error = format!("{:#}", lab.boot(missing).unwrap_err());
+    assert!(error.contains("build it first"), "{error}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "boots a guest: run `cargo xtask test`"]
+fn a_killed_guest_is_noticed() -> Result<()> {
+    let guest = Lab::get()?.boot(GuestOptions {
+        memory_mib: 256,
+        smp: 1,
+        ..GuestOptions::default()
+    })?;
+    let folder = guest.folder().to_owned();
+    assert!(guest.is_running());
+    guest.kill()?;
+    let error = format!("{:#}", guest.run("true").unwrap_err());
+    assert!(error.contains("QEMU") || error.contains("gone"), "{error}");
+    drop(guest);
+    assert!(!folder.exists());
+    Ok(())
+}
