@@ -76,6 +76,12 @@ impl Apt {
         Ok(apt)
     }
 
+    /// Everything is extracted: lists and archive files are only disk space now.
+    pub(crate) fn discard(self) {
+        // What cannot be removed does no harm.
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+
     /// `packages` and all they depend on, or only the packages whose names `keep` accepts.
     pub(crate) fn resolve(
         &self,
@@ -263,6 +269,7 @@ Dir::State::lists "{dir}/lists";
 Dir::State::status "{dir}/status";
 Dir::State::extended_states "{dir}/state/extended_states";
 Dir::Cache "{dir}";
+Dir::Cache::srcpkgcache "";
 Dir::Cache::archives "{dir}/archives";
 Dir::Log "{dir}";
 Acquire::Languages "none";

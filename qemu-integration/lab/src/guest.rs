@@ -446,12 +446,16 @@ fn text_of(file: &Path) -> String {
         .unwrap_or_default()
 }
 
-/// A folder of this user alone, with a path short enough for sockets.
+/// A new folder of this user alone, below the system's folder for temporary files. Its path is short enough for
+/// sockets.
 pub fn temporary_folder() -> Result<PathBuf> {
+    let base = Some(std::env::temp_dir()).filter(|dir| dir.as_os_str().len() < 60);
+    temporary_folder_in(&base.unwrap_or_else(|| "/tmp".into()))
+}
+
+/// The same below a folder of the caller's choice.
+pub fn temporary_folder_in(base: &Path) -> Result<PathBuf> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let base = Some(std::env::temp_dir())
-        .filter(|dir| dir.as_os_str().len() < 60)
-        .unwrap_or_else(|| "/tmp".into());
     loop {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let folder = base.join(format!("virtproxy-{}-{number}", std::process::id()));

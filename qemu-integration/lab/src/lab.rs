@@ -73,6 +73,7 @@ impl Lab {
             if userland.is_none() {
                 userland = Some(image::fetch_userland(&cache, &plan, &apt)?);
             }
+            apt.discard();
         }
         let (qemu, kernel, userland) = (
             qemu.context("no QEMU")?,

@@ -6,8 +6,34 @@
 
 use crate::cache::{Cache, write_whole};
 use crate::prefix::Prefix;
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
+
+/// One of the project's own programs (`virtproxy`, `virtproxy-agent`): in the folder that `VIRTPROXY_BIN_DIR` names, else
+/// where cargo put it beside the test that asks.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let folder = match std::env::var_os("VIRTPROXY_BIN_DIR").filter(|dir| !dir.is_empty()) {
+        Some(folder) => PathBuf::from(folder),
+        None => {
+            let own = std::env::current_exe().context("cannot tell where this program lies")?;
+            let folder = own.parent().unwrap_or(Path::new("."));
+            let folder = if folder.ends_with("deps") {
+                folder.parent().unwrap_or(folder)
+            } else {
+                folder
+            };
+            folder.to_owned()
+        }
+    };
+    let program = folder.join(name);
+    if !is_executable(&program) {
+        bail!(
+            "{} is not there: build it with `cargo build --release`, or name its folder with VIRTPROXY_BIN_DIR",
+            program.display()
+        );
+    }
+    Ok(program)
+}
 
 /// The file that a shell would run for `program`.
 pub(crate) fn in_path(program: &str) -> Option<PathBuf> {

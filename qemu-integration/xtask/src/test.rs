@@ -1,0 +1,146 @@
+//! `cargo xtask test`: every test there is, the quick ones first.
+//!
+//! Plain `cargo test` boots no guest: the tests that do are in test targets whose names begin with `guest` and are
+//! `#[ignore]`d. They run here, in release, one at a time (they measure latencies, and the emulator wants every core).
+
+use crate::steps::{Steps, run as run_command};
+use crate::{fuzz, workspace};
+use anyhow::Result;
+use std::process::Command;
+use virtproxy_lab::Lab;
+
+/// Options of `cargo xtask test`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Run only the steps whose names contain WORD; may be repeated or hold several, separated by commas
+    #[arg(long, value_name = "WORD", value_delimiter = ',')]
+    filter: Vec<String>,
+    /// Name the steps and run none
+    #[arg(long)]
+    list: bool,
+    /// How long each fuzz target runs
+    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    fuzz_seconds: u32,
+    /// Words for the test programs, such as a part of a test's name
+    #[arg(last = true, value_name = "ARGS")]
+    arguments: Vec<String>,
+}
+
+const STEPS: &[(&str, &str)] = &[
+    ("fmt", "the source is formatted"),
+    ("clippy", "no lint complains"),
+    ("doc", "the documentation builds without a warning"),
+    ("unit", "tests inside one process, and simulations"),
+    ("fuzz", "each fuzz target for a bounded time"),
+    (
+        "deny",
+        "licences and advisories of the dependencies (needs cargo-deny)",
+    ),
+    ("release", "the programs build"),
+    ("lab", "QEMU, kernel and guest image are there"),
+    ("guest", "tests with real guests"),
+];
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    if arguments.list {
+        for (name, what) in STEPS {
+            println!("{name:8} {what}");
+        }
+        return Ok(());
+    }
+    let mut steps = Steps::new(&arguments.filter);
+    steps.command("fmt", workspace::cargo().args(["fmt", "--all", "--check"]))?;
+    steps.command(
+        "clippy",
+        workspace::cargo().args([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--locked",
+            "--",
+            "-D",
+            "warnings",
+        ]),
+    )?;
+    steps.command(
+        "doc",
+        workspace::cargo()
+            .args(["doc", "--workspace", "--no-deps", "--locked"])
+            .env("RUSTDOCFLAGS", "-Dwarnings"),
+    )?;
+    steps.command(
+        "unit",
+        workspace::cargo()
+            .args(["test", "--workspace", "--locked", "--"])
+            .args(&arguments.arguments),
+    )?;
+    steps.step("fuzz", || fuzz::run(arguments.fuzz_seconds))?;
+    steps.step("deny", deny)?;
+    let target = workspace::target()?;
+    steps.command("release", &mut build_programs())?;
+    steps.step("lab", || {
+        for line in Lab::get()?.describe() {
+            println!("{line}");
+        }
+        Ok(None)
+    })?;
+    steps.command(
+        "guest",
+        workspace::cargo()
+            .args([
+                "test",
+                "--release",
+                "--locked",
+                "-p",
+                "virtproxy-lab",
+                "-p",
+                "virtproxy-tests",
+            ])
+            .args([
+                "--test",
+                "guest*",
+                "--",
+                "--ignored",
+                "--test-threads=1",
+                "--nocapture",
+            ])
+            .args(&arguments.arguments)
+            .env("VIRTPROXY_LAB", "1")
+            .env("VIRTPROXY_BIN_DIR", target.join("release")),
+    )?;
+    steps.finish()
+}
+
+/// Builds `virtproxy` and `virtproxy-agent` as users get them.
+pub(crate) fn build_programs() -> Command {
+    let mut command = workspace::cargo();
+    command.args([
+        "build",
+        "--release",
+        "--locked",
+        "-p",
+        "virtproxy-host",
+        "-p",
+        "virtproxy-agent",
+    ]);
+    command
+}
+
+fn deny() -> Result<Option<String>> {
+    let there = workspace::cargo()
+        .args(["deny", "--version"])
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if !there {
+        return Ok(Some(
+            "cargo-deny is not installed; `cargo install cargo-deny` adds it".to_owned(),
+        ));
+    }
+    if !workspace::root().join("deny.toml").is_file() {
+        return Ok(Some("the workspace has no deny.toml".to_owned()));
+    }
+    run_command(workspace::cargo().args(["deny", "--locked", "check"]))?;
+    Ok(None)
+}
