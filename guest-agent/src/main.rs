@@ -1,2 +1,54 @@
-//! (under construction)
-fn main() {}
+//! `virtproxy-agent`: the guest end.
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::Parser;
+use virtproxy_agent::port::PortChannel;
+use virtproxy_engine::channel::Channel;
+use virtproxy_engine::program::{self, EXIT_CODES, Options};
+use virtproxy_engine::spec::{ChannelSpec, Method};
+
+const PRODUCT: &str = concat!("virtproxy-agent ", env!("CARGO_PKG_VERSION"));
+
+const EXAMPLES: &str = "\
+Examples:
+  Serve this guest's web and SSH servers to the host, and reach the host's service \"pkg\" at 127.0.0.1:3142:
+    virtproxy-agent -c virtserial-open:/dev/virtio-ports/org.virtproxy.0:- \\
+        -i http:127.0.0.1:80 -i ssh:127.0.0.1:22 -o pkg:127.0.0.1:3142
+
+  The port may be named without its path, where udev does not make one; UNIX sockets have - as PORT:
+    virtproxy-agent -c virtserial-open:org.virtproxy.0:- -i docker:/run/docker.sock:-";
+
+/// The guest end of virtproxy: joins sockets of this guest to its host, over a virtio port.
+#[derive(Parser)]
+#[command(version, after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
+struct Cli {
+    #[command(flatten)]
+    options: Options,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    program::run(PRODUCT, &cli.options, make_channel)
+}
+
+fn make_channel(spec: &ChannelSpec) -> io::Result<Box<dyn Channel>> {
+    match spec.method {
+        Method::VirtserialOpen => Ok(Box::new(PortChannel::new(spec))),
+        Method::VhostUser => Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "this method is the host's: use virtserial-open:PATH:- in the guest",
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -21,9 +21,9 @@
 //! it wakes whoever waits for the port to be writable. The link's own epoll turns that into one wake-up
 //! (see [`virtproxy_engine::fd_link`]); a slow second look covers a driver that forgot to wake us.
 //!
-//! **Pauses.** Whatever fails is tried again after 50 ms, then 100, up to 1 s. A link that ended at once
-//! counts as a failure, so that a host that keeps hanging up does not keep us busy; one that lived for
-//! [`STEADY`] starts anew, without a pause.
+//! **Pauses.** Whatever fails is tried again after 50 ms, then 100, up to 1 s. A link that ended soon counts
+//! as a failure, so that a host that keeps hanging up does not keep us busy; but its pause counts from its
+//! beginning, so one that lived longer than that is followed at once. After [`STEADY`] the pauses start anew.
 
 use std::fmt::Display;
 use std::fs::{self, OpenOptions};
@@ -92,7 +92,7 @@ impl PortChannel {
     async fn open_link(&mut self) -> io::Result<FdLink> {
         loop {
             if let Some(opened) = self.opened.take() {
-                self.pauses.ended(opened.elapsed());
+                self.pauses.ended(opened);
             }
             self.pauses.pass().await;
             match self.attempt().await {
@@ -108,7 +108,7 @@ impl PortChannel {
     async fn attempt(&mut self) -> Result<FdLink, Obstacle> {
         let node = find(&self.roots, &self.addr)?;
         let port = open_node(&node)?;
-        let mut link = FdLink::new(port).map_err(|error| Obstacle::from_open(&node, &error))?;
+        let mut link = FdLink::new(port).map_err(|error| Obstacle::from_watch(&node, &error))?;
         self.opened = Some(Instant::now());
         self.reported = None;
         self.denied_since = None;
@@ -205,7 +205,7 @@ fn open_node(node: &Path) -> Result<OwnedFd, Obstacle> {
 enum Obstacle {
     #[error(transparent)]
     NotFound(#[from] NotFound),
-    #[error("{} is not a character device: name a virtio port, as in /dev/virtio-ports/NAME", .0.display())]
+    #[error("{} is not a port: name a virtio port, as in /dev/virtio-ports/NAME", .0.display())]
     NotAPort(PathBuf),
     #[error("{} is in use, and only one program can have it open", .0.display())]
     Busy(PathBuf),
@@ -240,6 +240,14 @@ impl Obstacle {
                 node,
                 error: error.to_string(),
             },
+        }
+    }
+
+    /// `EPERM` of epoll: nothing that one can wait for (`/dev/null`, for one).
+    fn from_watch(node: &Path, error: &io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EPERM) => Obstacle::NotAPort(node.into()),
+            _ => Self::from_open(node, error),
         }
     }
 }
@@ -287,16 +295,21 @@ impl Pauses {
 
     /// An attempt failed.
     fn lengthen(&mut self) {
-        self.until = Some(Instant::now() + self.next);
-        self.next = LAST_PAUSE.min(self.next * 2);
+        self.lengthen_from(Instant::now());
     }
 
-    /// What had been opened is closed, after so long.
-    fn ended(&mut self, lived: Duration) {
-        match lived >= STEADY {
-            true => *self = Self::new(),
-            false => self.lengthen(),
+    /// What was opened then is closed now. The pause counts from the opening: what lived longer needs none.
+    fn ended(&mut self, opened: Instant) {
+        if opened.elapsed() >= STEADY {
+            *self = Self::new();
+        } else {
+            self.lengthen_from(opened);
         }
+    }
+
+    fn lengthen_from(&mut self, start: Instant) {
+        self.until = Some(start + self.next);
+        self.next = LAST_PAUSE.min(self.next * 2);
     }
 }
 

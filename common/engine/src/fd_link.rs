@@ -228,10 +228,11 @@ impl Edges {
     }
 }
 
-/// A peer that is gone is the ordinary end, whatever the kind of descriptor calls it.
+/// A peer that is gone is the ordinary end, whatever the kind of descriptor calls it. (`ENODEV`: the port
+/// was unplugged.)
 fn ended(error: io::Error) -> io::Error {
-    match error.kind() {
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+    match error.raw_os_error() {
+        Some(libc::EPIPE | libc::ECONNRESET | libc::ENODEV) => {
             io::Error::new(io::ErrorKind::UnexpectedEof, error)
         }
         _ => error,

@@ -1,6 +1,12 @@
 //! The one driver that both ends of virtproxy share: a session over a channel, joined to local sockets.
 
+mod backlog;
 pub mod channel;
+pub mod driver;
+mod edges;
 pub mod fd_link;
+pub mod log_limit;
+pub mod program;
 pub mod segment;
+mod socket;
 pub mod spec;

@@ -181,13 +181,25 @@ impl<'s, 'a> Cursor<'s, 'a> {
 /// `readv(2)`: fills `segments` from `fd`; 0 is end of file.
 pub fn readv(fd: BorrowedFd<'_>, segments: &[Segment<'_>]) -> io::Result<usize> {
     // SAFETY: `Segment` is a transparent `iovec` over valid writable memory.
-    retry(|| unsafe { libc::readv(fd.as_raw_fd(), segments.as_ptr().cast(), iov_count(segments)) })
+    retry(|| unsafe {
+        libc::readv(
+            fd.as_raw_fd(),
+            segments.as_ptr().cast(),
+            iov_count(segments),
+        )
+    })
 }
 
 /// `writev(2)`: writes `segments` to `fd`.
 pub fn writev(fd: BorrowedFd<'_>, segments: &[Segment<'_>]) -> io::Result<usize> {
     // SAFETY: `Segment` is a transparent `iovec` over valid readable memory.
-    retry(|| unsafe { libc::writev(fd.as_raw_fd(), segments.as_ptr().cast(), iov_count(segments)) })
+    retry(|| unsafe {
+        libc::writev(
+            fd.as_raw_fd(),
+            segments.as_ptr().cast(),
+            iov_count(segments),
+        )
+    })
 }
 
 fn iov_count(segments: &[Segment<'_>]) -> libc::c_int {

@@ -1,0 +1,138 @@
+//! Input: what the link received goes through the session to the local sockets.
+
+use std::time::Instant;
+
+use tracing::{debug, info, trace, warn};
+use virtproxy_mux::{Event, Reason, StreamId};
+
+use super::Driver;
+use super::local::Phase;
+use crate::segment::{Cursor, Segment};
+
+/// Bytes looked at in one go for headers and control frames.
+const GLANCE: usize = 64;
+
+impl Driver {
+    /// Takes all bytes of `segments`. What follows the end of a session is dropped: whoever restarted says nothing more
+    /// before it is answered.
+    pub(super) fn on_bytes(&mut self, segments: &[Segment<'_>]) {
+        let mut cursor = Cursor::new(segments);
+        let mut glance = [0; GLANCE];
+        while cursor.remaining() > 0 && self.ended.is_none() {
+            if let Some(payload) = self.session.payload() {
+                let n = payload.remaining.min(cursor.remaining());
+                match payload.stream {
+                    Some(stream) => self.deliver(stream, &mut cursor, n),
+                    None => cursor.advance(n),
+                }
+                self.session.payload_taken(n);
+            } else {
+                let n = cursor.peek(&mut glance);
+                let used = self.session.handle_bytes(self.now(), &glance[..n]);
+                cursor.advance(used);
+            }
+            while let Some(event) = self.session.poll_event() {
+                self.on_event(event);
+            }
+        }
+    }
+
+    /// Moves the next `n` bytes to a stream's socket.
+    fn deliver(&mut self, stream: StreamId, cursor: &mut Cursor<'_, '_>, n: usize) {
+        let now = self.now();
+        trace!(%stream, hop = "channel-to-socket", bytes = n);
+        let local = self
+            .by_stream
+            .get(&stream)
+            .and_then(|key| self.locals.get_mut(*key));
+        let Some(local) = local else {
+            cursor.advance(n);
+            return self.session.consumed(now, stream, n);
+        };
+        match local.write(cursor, n) {
+            Ok(written) => self.session.consumed(now, stream, written),
+            Err(error) => {
+                self.session.consumed(now, stream, n);
+                self.broken(stream, &error);
+            }
+        }
+    }
+
+    fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Established(peer) => {
+                info!(peer = peer.product, "session established");
+                self.incompatible = false;
+                self.open_waiting();
+            }
+            Event::Incompatible(peer) => {
+                let (min, max) = self.settings.session.versions;
+                warn!(
+                    "the other end ({}) speaks protocol versions {} to {}, this one {min} to {max}: \
+                     install matching versions of virtproxy and virtproxy-agent",
+                    peer.product, peer.min_version, peer.max_version
+                );
+                self.incompatible = true;
+                self.refuse_waiting("the other end speaks another protocol version");
+            }
+            Event::Asked { stream, service } => self.asked(stream, &service),
+            Event::Accepted(stream) => self.accepted(stream),
+            Event::Refused {
+                stream,
+                reason,
+                text,
+            } => {
+                if let Some(more) = self.refusals.pass(Instant::now()) {
+                    let service = self.service_of(stream);
+                    warn!(service, %reason, text, more, "the other end refused");
+                }
+                self.remove_stream(stream, "refused");
+            }
+            Event::Finished(stream) => {
+                if let Some(key) = self.by_stream.get(&stream).copied() {
+                    self.locals[key].peer_finished();
+                    self.settle(key, stream);
+                }
+            }
+            Event::Reset {
+                stream,
+                reason,
+                text,
+            } => {
+                let quiet = reason == Reason::Cancelled;
+                if quiet {
+                    debug!(%stream, %reason, text, "reset by the other end");
+                } else {
+                    info!(%stream, service = self.service_of(stream), %reason, text, "reset by the other end");
+                }
+                self.remove_stream(stream, "reset by the other end");
+            }
+            Event::RoundTrip(micros) => {
+                debug!(micros, "round trip");
+                if std::mem::take(&mut self.peer_silent) {
+                    info!("the other end answers again");
+                }
+            }
+            Event::GoingAway { .. } => info!("the other end is shutting down"),
+            Event::Ended(end) => self.ended = Some(end),
+        }
+    }
+
+    fn accepted(&mut self, stream: StreamId) {
+        let Some(key) = self.by_stream.get(&stream).copied() else {
+            return;
+        };
+        let local = &mut self.locals[key];
+        local.phase = Phase::Open;
+        if local.readable {
+            self.session.set_readable(stream);
+        }
+        debug!(%stream, service = %local.service, "accepted");
+    }
+
+    fn service_of(&self, stream: StreamId) -> &str {
+        let key = self.by_stream.get(&stream);
+        key.and_then(|key| self.locals.get(*key))
+            .map_or("?", |local| &local.service)
+    }
+}

@@ -1,0 +1,340 @@
+//! The streams' local sides: clients that come in, targets that are connected to, and how they end.
+
+use std::io;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use mio::Token;
+use tokio::task::JoinError;
+use tracing::{debug, info, warn};
+use virtproxy_mux::{OpenError, Reason, StreamId};
+
+use super::local::{Local, Phase};
+use super::{Connected, Driver, EVENTS, MAX_CONNECTING, MAX_WAITING};
+use crate::socket::Socket;
+
+/// Tokens from here on are local sides; below are listeners.
+const FIRST_LOCAL: usize = usize::MAX / 2;
+/// Clients taken from one listener in one turn.
+const ACCEPTS: usize = 64;
+/// How long to wait for descriptors to become free.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+impl Driver {
+    /// Handles what happened to the local sockets since the last turn.
+    pub(super) fn local_events(&mut self) -> io::Result<()> {
+        self.accept_again();
+        while std::mem::take(&mut self.events_pending) {
+            self.sockets.take(&mut self.events)?;
+            let events = std::mem::replace(&mut self.events, mio::Events::with_capacity(0));
+            let mut count = 0;
+            for event in &events {
+                count += 1;
+                match event.token() {
+                    Token(token) if token < FIRST_LOCAL => self.accept(token),
+                    Token(token) => self.local_ready(token - FIRST_LOCAL, event),
+                }
+            }
+            self.events = events;
+            self.events_pending = count == EVENTS;
+        }
+        self.expire_waiting();
+        Ok(())
+    }
+
+    fn accept_again(&mut self) {
+        if self.outlets.iter().all(|outlet| outlet.retry.is_none()) {
+            return;
+        }
+        let now = Instant::now();
+        for index in 0..self.outlets.len() {
+            if self.outlets[index].retry.is_some_and(|at| at <= now) {
+                self.outlets[index].retry = None;
+                self.accept(index);
+            }
+        }
+    }
+
+    /// Takes the clients that wait at a listener.
+    fn accept(&mut self, index: usize) {
+        for _ in 0..ACCEPTS {
+            let Some(outlet) = self.outlets.get_mut(index) else {
+                return;
+            };
+            match outlet.listener.accept() {
+                Ok(socket) => {
+                    let service = outlet.service.clone();
+                    self.new_client(socket, service);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    outlet.retry = Some(Instant::now() + ACCEPT_RETRY);
+                    if let Some(more) = self.refusals.pass(Instant::now()) {
+                        warn!(service = %outlet.service, %error, more, "cannot accept a client now");
+                    }
+                    return;
+                }
+            }
+        }
+        self.outlets[index].retry = Some(Instant::now());
+    }
+
+    fn new_client(&mut self, socket: Socket, service: Rc<str>) {
+        let until = Instant::now() + self.settings.wait_for_peer;
+        let mut local = Local::new(service, Phase::Waiting(until));
+        local.socket = Some(socket);
+        let key = self.locals.insert(local);
+        if let Err(error) = self.watch(key) {
+            self.refuse_client(key, &error.to_string());
+        } else {
+            self.open_stream(key);
+        }
+    }
+
+    fn watch(&mut self, key: usize) -> io::Result<()> {
+        match &mut self.locals[key].socket {
+            Some(socket) => socket.register(self.sockets.registry(), Token(FIRST_LOCAL + key)),
+            None => Ok(()),
+        }
+    }
+
+    /// Opens the stream of a client that has none, or lets it wait for the peer, or refuses it.
+    fn open_stream(&mut self, key: usize) {
+        let local = &mut self.locals[key];
+        match self.session.open(&local.service) {
+            Ok(stream) => {
+                debug!(%stream, service = %local.service, "asked the other end to open");
+                local.phase = Phase::Opening;
+                local.stream = Some(stream);
+                self.by_stream.insert(stream, key);
+            }
+            Err(OpenError::NotEstablished | OpenError::GoingAway) => {
+                if self.incompatible {
+                    self.refuse_client(key, "the other end speaks another protocol version");
+                } else if self.settings.wait_for_peer.is_zero() {
+                    self.refuse_client(key, "the other end is not there");
+                } else if self.waiting.len() >= MAX_WAITING {
+                    self.refuse_client(key, "too many clients wait for the other end");
+                } else {
+                    self.waiting.push_back(key);
+                }
+            }
+            Err(OpenError::Limit) => self.refuse_client(key, "the limit of streams is reached"),
+            Err(OpenError::BadServiceName) => self.refuse_client(key, "bad service name"),
+        }
+    }
+
+    /// The session is up: opens the streams of the clients that waited for it.
+    pub(super) fn open_waiting(&mut self) {
+        for key in std::mem::take(&mut self.waiting) {
+            if self.locals.contains(key) {
+                self.open_stream(key);
+            }
+        }
+    }
+
+    /// Until when a client may wait, if it does.
+    pub(super) fn waits_until(&self, key: usize) -> Option<Instant> {
+        match self.locals.get(key)?.phase {
+            Phase::Waiting(until) => Some(until),
+            _ => None,
+        }
+    }
+
+    fn expire_waiting(&mut self) {
+        while let Some(key) = self.waiting.front().copied() {
+            match self.waits_until(key) {
+                Some(until) if until > Instant::now() => return,
+                Some(_) => {
+                    self.waiting.pop_front();
+                    self.refuse_client(key, "the other end did not appear in time");
+                }
+                None => {
+                    self.waiting.pop_front();
+                }
+            }
+        }
+    }
+
+    /// Refuses every client that waits.
+    pub(super) fn refuse_waiting(&mut self, why: &str) {
+        for key in std::mem::take(&mut self.waiting) {
+            self.refuse_client(key, why);
+        }
+    }
+
+    fn refuse_client(&mut self, key: usize, why: &str) {
+        let Some(local) = self.locals.try_remove(key) else {
+            return;
+        };
+        if let Some(more) = self.refusals.pass(Instant::now()) {
+            warn!(service = %local.service, why, more, "client refused");
+        }
+        if let Some(socket) = local.socket {
+            socket.abort();
+        }
+    }
+
+    /// A local socket became ready.
+    fn local_ready(&mut self, key: usize, event: &mio::event::Event) {
+        let Some(local) = self.locals.get_mut(key) else {
+            return;
+        };
+        local.ready(event);
+        let gone = event.is_error() || event.is_write_closed();
+        match (&local.phase, local.stream) {
+            (Phase::Waiting(_), _) if gone => {
+                debug!(service = %local.service, "client gave up waiting");
+                self.waiting.retain(|waiting| *waiting != key);
+                self.locals.remove(key);
+            }
+            (Phase::Opening, Some(stream)) if gone => {
+                self.session.reset(stream, Reason::Cancelled, "");
+                self.remove_stream(stream, "client gave up");
+            }
+            (Phase::Open, Some(stream)) => {
+                if local.readable {
+                    self.session.set_readable(stream);
+                }
+                self.flush(key, stream);
+            }
+            _ => {}
+        }
+    }
+
+    /// Writes a stream's backlog on.
+    fn flush(&mut self, key: usize, stream: StreamId) {
+        let now = self.now();
+        let Some(local) = self.locals.get_mut(key) else {
+            return;
+        };
+        if local.backlog.is_empty() {
+            return;
+        }
+        let (written, result) = local.flush();
+        self.session.consumed(now, stream, written);
+        match result {
+            Ok(()) => self.settle(key, stream),
+            Err(error) => self.broken(stream, &error),
+        }
+    }
+
+    /// Does what is due after a stream's local side moved on.
+    pub(super) fn settle(&mut self, key: usize, stream: StreamId) {
+        if let Some(local) = self.locals.get_mut(key) {
+            local.settle();
+            if local.is_done() {
+                debug!(%stream, service = %local.service, "stream ended");
+                self.by_stream.remove(&stream);
+                self.locals.remove(key);
+            }
+        }
+    }
+
+    /// The local socket broke.
+    pub(super) fn broken(&mut self, stream: StreamId, error: &io::Error) {
+        self.session
+            .reset(stream, Reason::ConnectionBroken, &error.to_string());
+        self.remove_stream(stream, &error.to_string());
+    }
+
+    /// Cuts off and forgets the local side of a stream.
+    pub(super) fn remove_stream(&mut self, stream: StreamId, why: &str) {
+        let Some(key) = self.by_stream.remove(&stream) else {
+            return;
+        };
+        let now = self.now();
+        let Some(local) = self.locals.try_remove(key) else {
+            return;
+        };
+        debug!(%stream, service = %local.service, why, "stream cut off");
+        self.session.consumed(now, stream, local.backlog.len());
+        if let Phase::Connecting(task) = local.phase {
+            task.abort();
+        }
+        if let Some(socket) = local.socket {
+            socket.abort();
+        }
+    }
+
+    /// Cuts off every stream; clients that wait go on waiting.
+    pub(super) fn abort_streams(&mut self, why: &str) {
+        let streams: Vec<_> = self.by_stream.keys().copied().collect();
+        if !streams.is_empty() {
+            info!(streams = streams.len(), why, "streams cut off");
+        }
+        for stream in streams {
+            self.remove_stream(stream, why);
+        }
+        self.peer_silent = false;
+    }
+
+    /// The peer asks for a stream to a service: starts connecting, or refuses.
+    pub(super) fn asked(&mut self, stream: StreamId, service: &str) {
+        let Some(endpoint) = self.services.get(service).cloned() else {
+            let text = format!("nothing serves {service:?} here");
+            return self.refuse(stream, service, Reason::NoSuchService, &text);
+        };
+        if self.connects.len() >= MAX_CONNECTING {
+            return self.refuse(
+                stream,
+                service,
+                Reason::Limit,
+                "too many connects under way",
+            );
+        }
+        let deadline = self.settings.connect_timeout;
+        let key = self.locals.vacant_key();
+        let task = self.connects.spawn(async move {
+            let result = tokio::time::timeout(deadline, Socket::connect(&endpoint)).await;
+            let result = result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+            let named = result
+                .map_err(|error| io::Error::new(error.kind(), format!("{endpoint}: {error}")));
+            (key, stream, named)
+        });
+        debug!(%stream, service, "connecting");
+        let mut local = Local::new(service.into(), Phase::Connecting(task));
+        local.stream = Some(stream);
+        self.locals.insert(local);
+        self.by_stream.insert(stream, key);
+    }
+
+    /// A target was connected to, or not.
+    pub(super) fn connected(&mut self, joined: Result<Connected, JoinError>) {
+        let Ok((key, stream, result)) = joined else {
+            return; // cancelled
+        };
+        if self.by_stream.get(&stream) != Some(&key) {
+            return; // cancelled just now
+        }
+        let result = result.and_then(|socket| {
+            self.locals[key].socket = Some(socket);
+            self.watch(key)
+        });
+        match result {
+            Ok(()) => {
+                self.locals[key].phase = Phase::Open;
+                self.session.accept(stream);
+                debug!(%stream, service = %self.locals[key].service, "connected");
+            }
+            Err(error) => {
+                let reason = match error.kind() {
+                    io::ErrorKind::ConnectionRefused => Reason::TargetRefused,
+                    io::ErrorKind::TimedOut => Reason::Timeout,
+                    _ => Reason::TargetUnreachable,
+                };
+                let service = self.locals[key].service.clone();
+                self.remove_stream(stream, "target not connected");
+                self.refuse(stream, &service, reason, &error.to_string());
+            }
+        }
+    }
+
+    fn refuse(&mut self, stream: StreamId, service: &str, reason: Reason, text: &str) {
+        if let Some(more) = self.refusals.pass(Instant::now()) {
+            warn!(service, %reason, text, more, "refused the other end");
+        }
+        self.session.refuse(stream, reason, text);
+    }
+}

@@ -1,0 +1,450 @@
+//! The one driver: a session over a channel, joined to local sockets.
+//!
+//! # Theory of operation
+//!
+//! One task owns everything of one channel: the link, the session, the listeners and every stream's socket. No
+//! lock, queue or task belongs to a stream. Sockets are watched, edge-triggered, by an epoll instance of the driver's own,
+//! which tokio in turn watches as one descriptor; so an event costs the same however many streams are idle.
+//!
+//! A *turn* does a bounded piece of everything:
+//!
+//! 1. local events: accept clients, note readiness, write backlogs on ([`locals`]);
+//! 2. input: one batch from the link goes through the session; data is written straight from the link's memory to
+//!    its socket, and what the socket does not take goes to the stream's backlog, never back ([`input`]);
+//! 3. output: while the session has frames and the link has room, control frames are copied in, and data is read from
+//!    its socket straight into the link's memory behind the room for its header ([`output`]).
+//!
+//! When a turn moves nothing, the driver sleeps until the link, a socket, a connect, a deadline or the shutdown
+//! wakes it. The reader never waits for a writer, so nothing here can deadlock.
+
+mod input;
+mod local;
+mod locals;
+mod output;
+
+use std::collections::{HashMap, VecDeque};
+use std::future::poll_fn;
+use std::io;
+use std::pin::pin;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use mio::{Events, Token};
+use slab::Slab;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tracing::{debug, info, warn};
+use virtproxy_mux::{Config, End, Reason, Session, StreamId};
+
+use crate::channel::{Channel, Link, Progress};
+use crate::edges::Edges;
+use crate::log_limit::LogLimit;
+use crate::socket::{Listener, Socket};
+use crate::spec::{Endpoint, ForwardSpec};
+use local::Local;
+
+/// Turns in a row before other tasks of the thread get theirs.
+const TURNS_BEFORE_YIELD: u32 = 8;
+/// Readiness events taken in one system call.
+const EVENTS: usize = 256;
+/// How often the peer is asked for a sign of life, and how long it may take before that is reported.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// How long the last frames may take to leave when the program ends.
+const FAREWELL: Duration = Duration::from_millis(500);
+/// A session that lasted this long starts the back-off anew.
+const STABLE: Duration = Duration::from_secs(10);
+/// Back-off before a link is opened again after the peer broke the protocol.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// Sessions that may follow each other on one link within a second.
+const MAX_RESTARTS: u32 = 20;
+
+/// What the user may set.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// How long a target may take to answer.
+    pub connect_timeout: Duration,
+    /// How long a client waits for the other end to appear; zero: it is refused at once.
+    pub wait_for_peer: Duration,
+    /// How long streams may go on after a request to end.
+    pub grace: Duration,
+    /// Limits of the session.
+    pub session: Config,
+}
+
+/// Clients that may wait for the other end at once; more are refused.
+const MAX_WAITING: usize = 1024;
+/// Targets that may be being connected to at once; more are refused.
+const MAX_CONNECTING: usize = 1024;
+
+/// A listener cannot be set up: the forward, and why.
+#[derive(Debug, thiserror::Error)]
+#[error("-o {forward}: cannot listen: {source}{cure}", cure = bind_cure(source))]
+pub struct ListenError {
+    forward: ForwardSpec,
+    source: io::Error,
+}
+
+fn bind_cure(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            "; another program listens there: end it or choose another address"
+        }
+        io::ErrorKind::PermissionDenied => {
+            "; choose a port above 1023 or a directory you may write to"
+        }
+        io::ErrorKind::AddrNotAvailable => "; the address is not one of this machine",
+        io::ErrorKind::NotFound => "; create the directory first",
+        _ => "",
+    }
+}
+
+struct Outlet {
+    service: Rc<str>,
+    listener: Listener,
+    /// `accept` failed for want of descriptors: try again then.
+    retry: Option<Instant>,
+}
+
+/// A finished connect: the local side's key and stream, and the socket.
+type Connected = (usize, StreamId, io::Result<Socket>);
+
+/// See the [module](self).
+pub struct Driver {
+    settings: Settings,
+    sockets: Edges,
+    events: Events,
+    /// There may be events that `sockets` has not been asked for.
+    events_pending: bool,
+    services: HashMap<String, Endpoint>,
+    outlets: Vec<Outlet>,
+    locals: Slab<Local>,
+    by_stream: HashMap<StreamId, usize>,
+    /// Keys of clients that wait, in the order of their deadlines.
+    waiting: VecDeque<usize>,
+    connects: JoinSet<Connected>,
+    session: Session,
+    /// Why the link must end, found while bytes were handled.
+    ended: Option<End>,
+    restarts: (Instant, u32),
+    started: Instant,
+    next_ping: Instant,
+    peer_silent: bool,
+    /// The other end is there, but speaks no version that we speak.
+    incompatible: bool,
+    refusals: LogLimit,
+}
+
+/// An orderly end under way.
+struct Stopping {
+    /// When the present step must be done.
+    deadline: Instant,
+    /// Whether this is the last step: what is left is only to reach the peer.
+    last: bool,
+}
+
+/// How a link's service ended.
+enum Outcome {
+    /// The link went away; open the channel again.
+    LinkEnded,
+    /// The peer misbehaved; open it again, after a pause.
+    PeerMisbehaved,
+    /// The program was asked to end, and did.
+    Stopped,
+}
+
+impl Driver {
+    /// Listens for every forward in `outlets` (`-o`) and serves those in `services` (`-i`).
+    pub async fn new(
+        settings: Settings,
+        outlets: &[ForwardSpec],
+        services: &[ForwardSpec],
+    ) -> Result<Self, DriverError> {
+        let sockets = Edges::new()?;
+        let mut listening = Vec::new();
+        for (index, forward) in outlets.iter().enumerate() {
+            let listen = async {
+                let mut listener = Listener::bind(&forward.endpoint).await?;
+                listener.register(sockets.registry(), Token(index))?;
+                Ok(listener)
+            };
+            let listener = listen.await.map_err(|source| ListenError {
+                forward: forward.clone(),
+                source,
+            })?;
+            let service: Rc<str> = forward.service.as_str().into();
+            info!(%service, address = listener.local_name(), "listening");
+            listening.push(Outlet {
+                service,
+                listener,
+                retry: None,
+            });
+        }
+        let services = services
+            .iter()
+            .map(|forward| (forward.service.to_string(), forward.endpoint.clone()))
+            .collect();
+        let now = Instant::now();
+        Ok(Driver {
+            session: Session::new(settings.session.clone(), new_epoch()?),
+            settings,
+            sockets,
+            events: Events::with_capacity(EVENTS),
+            events_pending: true,
+            services,
+            outlets: listening,
+            locals: Slab::new(),
+            by_stream: HashMap::new(),
+            waiting: VecDeque::new(),
+            connects: JoinSet::new(),
+            ended: None,
+            restarts: (now, 0),
+            started: now,
+            next_ping: now + KEEPALIVE,
+            peer_silent: false,
+            incompatible: false,
+            refusals: LogLimit::default(),
+        })
+    }
+
+    /// Serves `channel` until `stop` becomes true. An error means that the channel can never work.
+    pub async fn run(
+        mut self,
+        mut channel: Box<dyn Channel>,
+        mut stop: watch::Receiver<bool>,
+    ) -> io::Result<()> {
+        let mut backoff = BACKOFF.0;
+        loop {
+            let Some(mut link) = self.open(&mut *channel, &mut stop).await? else {
+                self.refuse_waiting("shutting down");
+                break;
+            };
+            debug!(channel = channel.name(), "link up");
+            self.session = Session::new(self.settings.session.clone(), new_epoch()?);
+            self.incompatible = false;
+            let up = Instant::now();
+            let outcome = match self.serve(&mut *link, &mut stop).await {
+                Ok(outcome) => outcome,
+                Err(error) => {
+                    let hangup = error.kind() == io::ErrorKind::UnexpectedEof;
+                    let why = if hangup {
+                        "hung up".into()
+                    } else {
+                        error.to_string()
+                    };
+                    info!(channel = channel.name(), why, "link down");
+                    Outcome::LinkEnded
+                }
+            };
+            self.abort_streams("the link to the other end is down");
+            drop(link);
+            if up.elapsed() >= STABLE {
+                backoff = BACKOFF.0;
+            }
+            match outcome {
+                Outcome::Stopped => break,
+                Outcome::LinkEnded => {}
+                Outcome::PeerMisbehaved => {
+                    tokio::time::sleep(backoff).await;
+                    backoff = (backoff * 2).min(BACKOFF.1);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens the channel; meanwhile clients may come and wait. `None`: asked to stop.
+    async fn open(
+        &mut self,
+        channel: &mut dyn Channel,
+        stop: &mut watch::Receiver<bool>,
+    ) -> io::Result<Option<Box<dyn Link>>> {
+        let mut opening = pin!(channel.open());
+        loop {
+            if *stop.borrow_and_update() {
+                return Ok(None);
+            }
+            self.local_events()?;
+            let deadline = self.deadline();
+            tokio::select! {
+                link = &mut opening => return link.map(Some),
+                () = poll_fn(|cx| self.sockets.poll_ready(cx)) => self.events_pending = true,
+                () = sleep_until(deadline) => {}
+                _ = stop.changed() => {}
+            }
+        }
+    }
+
+    /// Runs sessions over `link` until it ends.
+    async fn serve(
+        &mut self,
+        link: &mut dyn Link,
+        stop: &mut watch::Receiver<bool>,
+    ) -> io::Result<Outcome> {
+        let mut turns = 0;
+        let mut stopping = None;
+        loop {
+            if *stop.borrow_and_update() && stopping.is_none() {
+                stopping = Some(self.begin_stop());
+            }
+            let busy = self.turn(link)?;
+            if let Some(end) = self.ended.take() {
+                if let Some(outcome) = self.session_ended(end)? {
+                    return Ok(outcome);
+                }
+                continue;
+            }
+            if let Some(stop) = &mut stopping
+                && self.stop_done(stop, busy)
+            {
+                return Ok(Outcome::Stopped);
+            }
+            if !busy {
+                turns = 0;
+                self.wait(link, stop, stopping.as_ref()).await;
+            } else {
+                turns += 1;
+                if turns % TURNS_BEFORE_YIELD == 0 {
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+    }
+
+    /// One turn; whether another may do more at once.
+    fn turn(&mut self, link: &mut dyn Link) -> io::Result<bool> {
+        self.local_events()?;
+        while let Some(result) = self.connects.try_join_next() {
+            self.connected(result);
+        }
+        self.keepalive();
+        let received = link.receive(&mut |segments| self.on_bytes(segments))?;
+        let sent = link.send(&mut |segments| self.fill(segments))?;
+        let busy = received == Progress::Again || sent == Progress::Again;
+        self.events_pending |= busy;
+        Ok(busy)
+    }
+
+    /// Sleeps until there may be something to do.
+    async fn wait(
+        &mut self,
+        link: &mut dyn Link,
+        stop: &mut watch::Receiver<bool>,
+        stopping: Option<&Stopping>,
+    ) {
+        let stop_step = stopping.map(|stopping| stopping.deadline);
+        let deadlines = [self.deadline(), stop_step, Some(self.next_ping)];
+        let deadline = deadlines.into_iter().flatten().min();
+        tokio::select! {
+            biased;
+            () = poll_fn(|cx| link.poll_ready(cx)) => {}
+            () = poll_fn(|cx| self.sockets.poll_ready(cx)) => self.events_pending = true,
+            Some(result) = self.connects.join_next(), if !self.connects.is_empty() => {
+                self.connected(result);
+            }
+            () = sleep_until(deadline) => {}
+            _ = stop.changed(), if stopping.is_none() => {}
+        }
+    }
+
+    /// The session is over: resets its streams, and makes a new one on the same link unless the peer is to blame.
+    fn session_ended(&mut self, end: End) -> io::Result<Option<Outcome>> {
+        self.abort_streams(&end.to_string());
+        let now = Instant::now();
+        if now - self.restarts.0 > Duration::from_secs(1) {
+            self.restarts = (now, 0);
+        }
+        self.restarts.1 += 1;
+        match end {
+            End::PeerRestarted if self.restarts.1 <= MAX_RESTARTS => {
+                info!("the other end restarted");
+                self.session = Session::new(self.settings.session.clone(), new_epoch()?);
+                Ok(None)
+            }
+            end => {
+                warn!("session ended: {end}");
+                Ok(Some(Outcome::PeerMisbehaved))
+            }
+        }
+    }
+
+    /// Stops listening and tells the peer.
+    fn begin_stop(&mut self) -> Stopping {
+        info!(streams = self.by_stream.len(), "ending");
+        self.outlets.clear();
+        self.refuse_waiting("shutting down");
+        self.session.go_away(Reason::ShuttingDown, "");
+        Stopping {
+            deadline: Instant::now() + self.settings.grace,
+            last: false,
+        }
+    }
+
+    /// Whether the stop is done. When the grace is over, resets the streams that are left and gives that a little time
+    /// to reach the peer.
+    fn stop_done(&mut self, stop: &mut Stopping, busy: bool) -> bool {
+        if self.by_stream.is_empty() && !self.session.owes_control() && !busy {
+            return true;
+        }
+        if Instant::now() < stop.deadline {
+            return false;
+        }
+        let streams: Vec<_> = self.by_stream.keys().copied().collect();
+        for stream in streams {
+            self.session.reset(stream, Reason::ShuttingDown, "");
+            self.remove_stream(stream, "shutting down");
+        }
+        stop.deadline += FAREWELL;
+        std::mem::replace(&mut stop.last, true)
+    }
+
+    /// Asks for a sign of life now and then, and reports its absence; a paused machine is not a dead one.
+    fn keepalive(&mut self) {
+        let now = Instant::now();
+        if now < self.next_ping {
+            return;
+        }
+        self.next_ping = now + KEEPALIVE;
+        if self.session.ping_sent().is_none() {
+            self.session.ping();
+        } else if !self.peer_silent {
+            self.peer_silent = true;
+            warn!(
+                "the other end has not answered for {KEEPALIVE:?}; it may be paused: its streams are kept"
+            );
+        }
+    }
+
+    /// When something that is not an event must be looked at.
+    fn deadline(&self) -> Option<Instant> {
+        let client = self.waiting.front().and_then(|key| self.waits_until(*key));
+        let accept = self.outlets.iter().filter_map(|outlet| outlet.retry).min();
+        [client, accept].into_iter().flatten().min()
+    }
+
+    /// Microseconds since the driver started.
+    fn now(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+}
+
+/// The driver cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    /// A forward's address cannot be listened on.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The system refuses what every program needs.
+    #[error("cannot start: {0}")]
+    Io(#[from] io::Error),
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn new_epoch() -> io::Result<u64> {
+    Ok(getrandom::u64().map_err(io::Error::other)?.max(1))
+}

@@ -1,0 +1,55 @@
+//! Output: frames of the session and bytes of the local sockets go to the link.
+
+use tracing::trace;
+use virtproxy_mux::frame::{HEADER_LEN, MAX_CONTROL_FRAME};
+use virtproxy_mux::{StreamId, Transmit};
+
+use super::Driver;
+use super::local::Read;
+use crate::segment::{Cursor, Segment};
+
+impl Driver {
+    /// Fills `segments` from the front with whole frames; returns the bytes written.
+    pub(super) fn fill(&mut self, segments: &[Segment<'_>]) -> usize {
+        let mut cursor = Cursor::new(segments);
+        let room = cursor.remaining();
+        let mut control = [0; MAX_CONTROL_FRAME];
+        while let Some(transmit) =
+            self.session
+                .poll_transmit(self.now(), cursor.remaining(), &mut control)
+        {
+            match transmit {
+                Transmit::Control(len) => cursor.write(&control[..len]),
+                Transmit::Data { stream, max } => self.data(stream, max, &mut cursor),
+            }
+        }
+        room - cursor.remaining()
+    }
+
+    /// Reads up to `max` bytes of a stream into the room behind its header.
+    fn data(&mut self, stream: StreamId, max: usize, cursor: &mut Cursor<'_, '_>) {
+        let key = self.by_stream.get(&stream).copied();
+        let Some((key, local)) = key.and_then(|key| Some((key, self.locals.get_mut(key)?))) else {
+            return self.session.blocked(stream);
+        };
+        let mut payload = cursor.clone();
+        payload.advance(HEADER_LEN);
+        match local.read(&payload, max) {
+            Ok(Read::Bytes(n)) => {
+                let more = local.readable;
+                trace!(%stream, hop = "socket-to-channel", bytes = n);
+                cursor.write(&self.session.sent(stream, n));
+                cursor.advance(n);
+                if !more {
+                    self.session.blocked(stream);
+                }
+            }
+            Ok(Read::Blocked) => self.session.blocked(stream),
+            Ok(Read::End) => {
+                self.session.finish(stream);
+                self.settle(key, stream);
+            }
+            Err(error) => self.broken(stream, &error),
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! What both programs are made of: the common flags, the log, signals, and one driver for each channel.
+
+use std::io;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{ArgAction, Args};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::{JoinSet, LocalSet};
+use tracing::{debug, error, info};
+use tracing_subscriber::EnvFilter;
+use virtproxy_mux::Config;
+
+use crate::channel::Channel;
+use crate::driver::{Driver, DriverError, Settings};
+use crate::spec::{ChannelSpec, ForwardSpec};
+
+/// How the programs exit, for `--help` and the manual.
+pub const EXIT_CODES: &str = "\
+Exit codes:
+  0  ended in order, on SIGTERM or SIGINT
+  1  the system refuses something every program needs
+  2  bad flags
+  3  an address of -o cannot be listened on
+  4  a channel of -c cannot ever work";
+
+/// The flags both programs share.
+#[derive(Args, Debug)]
+pub struct Options {
+    /// The channel to the other end [METHOD:ADDR:PORT[:ID]]
+    #[arg(
+        short = 'c',
+        long = "channel",
+        value_name = "METHOD:ADDR:PORT[:ID]",
+        required = true
+    )]
+    pub channels: Vec<ChannelSpec>,
+
+    /// Listen at ADDR:PORT and forward each client to SERVICE of the other end; `-` as PORT makes ADDR the path of a
+    /// UNIX socket
+    #[arg(
+        short = 'o',
+        long = "out",
+        value_name = "SERVICE:ADDR:PORT[:ID]",
+        value_parser = ForwardSpec::parse_listen
+    )]
+    pub out: Vec<ForwardSpec>,
+
+    /// Serve SERVICE to the other end by connecting to ADDR:PORT; `-` as PORT makes ADDR the path of a UNIX socket
+    #[arg(
+        short = 'i',
+        long = "in",
+        value_name = "SERVICE:ADDR:PORT[:ID]",
+        value_parser = ForwardSpec::parse_target
+    )]
+    pub serve: Vec<ForwardSpec>,
+
+    /// Seconds that a client of -o waits for the other end to appear; 0 refuses it at once
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub wait_for_peer: Duration,
+
+    /// Seconds that a target of -i may take to answer
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    pub connect_timeout: Duration,
+
+    /// Seconds that streams may go on when the program is asked to end
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds)]
+    pub grace: Duration,
+
+    /// Say more: -v each stream, -vv each hop of a byte (or set RUST_LOG)
+    #[arg(short = 'v', long = "verbose", action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+fn seconds(value: &str) -> Result<Duration, String> {
+    let wrong = || format!("{value:?} is not a number of seconds: write one like 10 or 0.5");
+    let seconds: f64 = value.parse().map_err(|_| wrong())?;
+    Duration::try_from_secs_f64(seconds)
+        .ok()
+        .filter(|duration| duration.as_secs() <= 365 * 86_400)
+        .ok_or_else(wrong)
+}
+
+/// Why a program ends before it was asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// Flags that contradict each other.
+    #[error("{0}")]
+    Usage(String),
+    /// A driver cannot be set up.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// A channel cannot ever work.
+    #[error("-c {channel}: {source}")]
+    Channel {
+        /// How the user named it.
+        channel: String,
+        /// What is wrong, and the cure.
+        source: io::Error,
+    },
+    /// The system refuses what every program needs.
+    #[error("cannot start: {0}")]
+    Io(#[from] io::Error),
+}
+
+impl Failure {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Io(_) | Failure::Driver(DriverError::Io(_)) => 1,
+            Failure::Usage(_) => 2,
+            Failure::Driver(DriverError::Listen(_)) => 3,
+            Failure::Channel { .. } => 4,
+        }
+    }
+}
+
+/// Makes the channel that a `-c` names.
+pub type MakeChannel = fn(&ChannelSpec) -> io::Result<Box<dyn Channel>>;
+
+/// Runs a program until it is asked to end. `product` is its name and version.
+pub fn run(product: &str, options: &Options, make: MakeChannel) -> ExitCode {
+    start_log(options.verbose);
+    let result = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Failure::Io)
+        .and_then(|runtime| LocalSet::new().block_on(&runtime, serve(product, options, make)));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            error!("{failure}");
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+fn start_log(verbose: u8) {
+    let level = match verbose {
+        0 => "info",
+        1 => "debug",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_writer(io::stderr)
+        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
+        .init();
+}
+
+async fn serve(product: &str, options: &Options, make: MakeChannel) -> Result<(), Failure> {
+    raise_descriptor_limit();
+    let (stop, stopped) = watch::channel(false);
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+
+    let mut drivers = JoinSet::new();
+    for (index, spec) in options.channels.iter().enumerate() {
+        let out = forwards(&options.out, &options.channels, index)?;
+        let serve = forwards(&options.serve, &options.channels, index)?;
+        let settings = Settings {
+            connect_timeout: options.connect_timeout,
+            wait_for_peer: options.wait_for_peer,
+            grace: options.grace,
+            session: Config {
+                product: product.into(),
+                ..Config::default()
+            },
+        };
+        let driver = Driver::new(settings, &out, &serve).await?;
+        let named = |source| Failure::Channel {
+            channel: spec.to_string(),
+            source,
+        };
+        let channel = make(spec).map_err(named)?;
+        let name = channel.name().to_owned();
+        let stopped = stopped.clone();
+        drivers.spawn_local(async move {
+            let result = driver.run(channel, stopped).await;
+            result.map_err(|source| Failure::Channel {
+                channel: name,
+                source,
+            })
+        });
+    }
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => debug!("SIGTERM"),
+            _ = interrupt.recv() => debug!("SIGINT"),
+            ended = drivers.join_next() => match ended {
+                Some(Ok(result)) => {
+                    result?;
+                    continue;
+                }
+                Some(Err(error)) => return Err(io::Error::other(error).into()),
+                None => {
+                    info!("ended");
+                    return Ok(());
+                }
+            },
+        }
+        // A receiver that is gone has ended already.
+        let _ = stop.send(true);
+    }
+}
+
+/// The forwards of the channel at `index`: those that name its ID, and for the first channel those that name none.
+fn forwards(
+    all: &[ForwardSpec],
+    channels: &[ChannelSpec],
+    index: usize,
+) -> Result<Vec<ForwardSpec>, Failure> {
+    let mut found = Vec::new();
+    for forward in all {
+        let at = match &forward.channel {
+            None => 0,
+            Some(id) => channels
+                .iter()
+                .position(|channel| channel.id.as_ref() == Some(id))
+                .ok_or_else(|| {
+                    Failure::Usage(format!(
+                        "{forward}: no -c has the ID {id:?}: add :{id} to one, or leave it off here"
+                    ))
+                })?,
+        };
+        if at == index {
+            found.push(forward.clone());
+        }
+    }
+    Ok(found)
+}
+
+/// Lets the program have as many descriptors as the system allows it: each stream takes one.
+fn raise_descriptor_limit() {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `limit` is a valid `rlimit` for both calls.
+    let raised = unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 && {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) == 0
+        }
+    };
+    if !raised {
+        debug!("cannot raise the limit of open files");
+    }
+}

@@ -1,0 +1,172 @@
+//! Local sockets: what a stream is joined to, and where clients come in.
+//!
+//! TCP and UNIX stream sockets behind one face, all non-blocking. A socket that is given up before its stream
+//! ended in order is closed with a reset where the kind has one, so that the other side cannot take a cut-off
+//! transfer for a whole one.
+
+use std::io;
+use std::net::{Shutdown, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use mio::event::Source;
+use mio::{Interest, Registry, Token};
+
+use crate::spec::{Endpoint, Host};
+
+/// How long to wait before a UNIX socket whose queue of connections is full is tried again.
+const UNIX_RETRY: Duration = Duration::from_millis(5);
+
+/// A connected stream socket.
+#[derive(Debug)]
+pub(crate) enum Socket {
+    Tcp(mio::net::TcpStream),
+    Unix(mio::net::UnixStream),
+}
+
+impl Socket {
+    /// Connects to `endpoint`: looks the name up if there is one, and tries each of its addresses.
+    pub(crate) async fn connect(endpoint: &Endpoint) -> io::Result<Self> {
+        match endpoint {
+            Endpoint::Tcp { host, port } => {
+                let stream = match host {
+                    Host::Ip(ip) => tokio::net::TcpStream::connect((*ip, *port)).await?,
+                    Host::Name(name) => {
+                        tokio::net::TcpStream::connect((name.as_str(), *port)).await?
+                    }
+                };
+                Ok(Self::tcp(mio::net::TcpStream::from_std(stream.into_std()?)))
+            }
+            Endpoint::Unix(path) => loop {
+                match mio::net::UnixStream::connect(path) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        tokio::time::sleep(UNIX_RETRY).await;
+                    }
+                    result => return result.map(Socket::Unix),
+                }
+            },
+        }
+    }
+
+    fn tcp(stream: mio::net::TcpStream) -> Self {
+        // Only a socket that is already broken refuses this; reading it will tell.
+        let _ = stream.set_nodelay(true);
+        Socket::Tcp(stream)
+    }
+
+    /// No more bytes will be written.
+    pub(crate) fn finish(&self) {
+        // A socket that is not connected any more needs no half-close.
+        let _ = match self {
+            Socket::Tcp(stream) => stream.shutdown(Shutdown::Write),
+            Socket::Unix(stream) => stream.shutdown(Shutdown::Write),
+        };
+    }
+
+    /// Closes the socket so that its other side sees that it was cut off.
+    pub(crate) fn abort(self) {
+        if let Socket::Tcp(stream) = &self {
+            let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
+        }
+    }
+
+    /// Its events, edge-triggered, under `token`.
+    pub(crate) fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+        let both = Interest::READABLE | Interest::WRITABLE;
+        match self {
+            Socket::Tcp(stream) => stream.register(registry, token, both),
+            Socket::Unix(stream) => stream.register(registry, token, both),
+        }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Socket::Tcp(stream) => stream.as_fd(),
+            Socket::Unix(stream) => stream.as_fd(),
+        }
+    }
+}
+
+/// A listening socket; a UNIX socket's file goes with it.
+#[derive(Debug)]
+pub(crate) enum Listener {
+    Tcp(mio::net::TcpListener),
+    Unix(mio::net::UnixListener, PathBuf),
+}
+
+impl Listener {
+    /// Listens on `endpoint`.
+    pub(crate) async fn bind(endpoint: &Endpoint) -> io::Result<Self> {
+        match endpoint {
+            Endpoint::Tcp { host, port } => {
+                let address = match host {
+                    Host::Ip(ip) => SocketAddr::new(*ip, *port),
+                    Host::Name(name) => tokio::net::lookup_host((name.as_str(), *port))
+                        .await?
+                        .next()
+                        .ok_or(io::ErrorKind::AddrNotAvailable)?,
+                };
+                Ok(Listener::Tcp(mio::net::TcpListener::bind(address)?))
+            }
+            Endpoint::Unix(path) => {
+                remove_stale(path)?;
+                let listener = mio::net::UnixListener::bind(path)?;
+                Ok(Listener::Unix(listener, path.clone()))
+            }
+        }
+    }
+
+    /// The next client, or `WouldBlock`.
+    pub(crate) fn accept(&self) -> io::Result<Socket> {
+        match self {
+            Listener::Tcp(listener) => Ok(Socket::tcp(listener.accept()?.0)),
+            Listener::Unix(listener, _) => Ok(Socket::Unix(listener.accept()?.0)),
+        }
+    }
+
+    /// Where it listens; tells the port that the kernel chose.
+    pub(crate) fn local_name(&self) -> String {
+        match self {
+            Listener::Tcp(listener) => match listener.local_addr() {
+                Ok(address) => address.to_string(),
+                Err(error) => error.to_string(),
+            },
+            Listener::Unix(_, path) => path.display().to_string(),
+        }
+    }
+
+    /// Its events, edge-triggered, under `token`.
+    pub(crate) fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+        match self {
+            Listener::Tcp(listener) => listener.register(registry, token, Interest::READABLE),
+            Listener::Unix(listener, _) => listener.register(registry, token, Interest::READABLE),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Listener::Unix(_, path) = self {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Removes the file of a UNIX socket that nobody listens on any more. Anything else is left alone, for `bind` to
+/// complain about.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    if !is_socket {
+        return Ok(());
+    }
+    match std::os::unix::net::UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path)
+        }
+        _ => Ok(()),
+    }
+}

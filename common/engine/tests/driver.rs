@@ -1,0 +1,288 @@
+//! Two drivers, joined by a socket pair, between real local sockets.
+
+use std::future::Future;
+use std::io;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{mpsc, watch};
+use tokio::task::LocalSet;
+use tokio::time::timeout;
+use virtproxy_engine::channel::{BoxFuture, Channel, Link};
+use virtproxy_engine::driver::{Driver, Settings};
+use virtproxy_engine::fd_link::FdLink;
+use virtproxy_engine::spec::ForwardSpec;
+use virtproxy_mux::Config;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A channel whose links are handed in by the test.
+struct Handed(mpsc::UnboundedReceiver<StdUnixStream>);
+
+impl Channel for Handed {
+    fn open(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Link>>> {
+        Box::pin(async {
+            match self.0.recv().await {
+                Some(socket) => Ok(Box::new(FdLink::new(socket.into())?) as Box<dyn Link>),
+                None => std::future::pending().await,
+            }
+        })
+    }
+
+    fn name(&self) -> &str {
+        "handed"
+    }
+}
+
+fn settings() -> Settings {
+    Settings {
+        connect_timeout: Duration::from_secs(5),
+        wait_for_peer: Duration::from_secs(5),
+        grace: Duration::from_millis(200),
+        session: Config::default(),
+    }
+}
+
+/// One end under test.
+struct End {
+    links: mpsc::UnboundedSender<StdUnixStream>,
+    stop: watch::Sender<bool>,
+    done: tokio::task::JoinHandle<io::Result<()>>,
+}
+
+async fn end(settings: Settings, out: &[String], serve: &[String]) -> End {
+    let parse = |specs: &[String]| -> Vec<ForwardSpec> {
+        specs.iter().map(|spec| spec.parse().unwrap()).collect()
+    };
+    let driver = Driver::new(settings, &parse(out), &parse(serve))
+        .await
+        .unwrap();
+    let (links, receiver) = mpsc::unbounded_channel();
+    let (stop, stopped) = watch::channel(false);
+    let done = tokio::task::spawn_local(driver.run(Box::new(Handed(receiver)), stopped));
+    End { links, stop, done }
+}
+
+fn join(a: &End, b: &End) {
+    let (x, y) = StdUnixStream::pair().unwrap();
+    a.links.send(x).unwrap();
+    b.links.send(y).unwrap();
+}
+
+fn run(test: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    LocalSet::new().block_on(&runtime, async {
+        timeout(LIMIT, test).await.expect("the test hangs");
+    });
+}
+
+/// An address that nobody else uses: each test process has a loopback network of its own.
+fn new_address() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    let (process, n) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    format!("127.{}.{}.{n}:4000", 1 + process % 250, process / 250 % 250)
+}
+
+/// A TCP server that echoes each client until end of file, then closes; its address.
+async fn echo_server() -> String {
+    let address = new_address();
+    let listener = TcpListener::bind(&address).await.unwrap();
+    tokio::task::spawn_local(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            tokio::task::spawn_local(async move {
+                let (mut read, mut write) = client.split();
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+            });
+        }
+    });
+    address
+}
+
+fn pattern(len: usize, seed: usize) -> Vec<u8> {
+    (0..len)
+        .map(|i| (i.wrapping_mul(31).wrapping_add(seed) >> 3) as u8)
+        .collect()
+}
+
+async fn connect(address: &str) -> TcpStream {
+    TcpStream::connect(address).await.unwrap()
+}
+
+async fn echo_through(address: String, data: Vec<u8>) {
+    let (mut read, mut write) = connect(&address).await.into_split();
+    let sent = data.clone();
+    let writer = tokio::task::spawn_local(async move {
+        write.write_all(&sent).await.unwrap();
+        write.shutdown().await.unwrap();
+    });
+    let mut back = Vec::new();
+    read.read_to_end(&mut back).await.unwrap();
+    writer.await.unwrap();
+    assert!(back == data, "{} of {} bytes", back.len(), data.len());
+}
+
+/// A client that is refused sees an error or the end at once, perhaps already when it connects.
+async fn refused_at_once(address: &str) {
+    if let Ok(client) = TcpStream::connect(address).await {
+        ends_at_once(client).await;
+    }
+}
+
+/// A client whose stream was cut off sees an error or the end at once.
+async fn ends_at_once(mut client: TcpStream) {
+    let mut buf = [0; 16];
+    let result = timeout(Duration::from_secs(2), client.read(&mut buf))
+        .await
+        .expect("the client hangs");
+    assert!(matches!(result, Ok(0) | Err(_)));
+}
+
+#[test]
+fn many_streams_carry_bulk_both_ways() {
+    run(async {
+        let (target, address) = (echo_server().await, new_address());
+        let near = end(settings(), &[format!("echo:{address}")], &[]).await;
+        let far = end(settings(), &[], &[format!("echo:{target}")]).await;
+        join(&near, &far);
+        let transfers: Vec<_> = (0..50)
+            .map(|i| {
+                tokio::task::spawn_local(echo_through(address.clone(), pattern(300_000 + i, i)))
+            })
+            .collect();
+        for transfer in transfers {
+            transfer.await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn unix_sockets_and_the_reverse_direction_work() {
+    run(async {
+        let dir = std::env::temp_dir().join(format!("virtproxy-driver-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let (front, back) = (dir.join("front.sock"), dir.join("back.sock"));
+        let server = UnixListener::bind(&back).unwrap();
+        tokio::task::spawn_local(async move {
+            let (mut client, _) = server.accept().await.unwrap();
+            let mut request = Vec::new();
+            client.read_to_end(&mut request).await.unwrap();
+            client.write_all(&request.repeat(2)).await.unwrap();
+        });
+        let near = end(settings(), &[], &[format!("twice:{}:-", back.display())]).await;
+        let far = end(settings(), &[format!("twice:{}:-", front.display())], &[]).await;
+        join(&near, &far);
+        let mut client = UnixStream::connect(&front).await.unwrap();
+        client.write_all(b"half-close").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"half-closehalf-close");
+        far.stop.send(true).unwrap();
+        far.done.await.unwrap().unwrap();
+        assert!(!front.exists(), "the socket's file goes with its listener");
+        std::fs::remove_dir_all(&dir).unwrap();
+    });
+}
+
+#[test]
+fn what_cannot_be_had_is_refused_at_once() {
+    run(async {
+        let (closed, unknown, refused) = (new_address(), new_address(), new_address());
+        let out = [format!("nobody:{unknown}"), format!("closed:{refused}")];
+        let near = end(settings(), &out, &[]).await;
+        let far = end(settings(), &[], &[format!("closed:{closed}")]).await;
+        join(&near, &far);
+        refused_at_once(&unknown).await;
+        refused_at_once(&refused).await;
+    });
+}
+
+#[test]
+fn a_client_waits_for_the_other_end_or_is_refused_by_flag() {
+    run(async {
+        let (target, waits, refuses) = (echo_server().await, new_address(), new_address());
+        let near = end(settings(), &[format!("echo:{waits}")], &[]).await;
+        let impatient = Settings {
+            wait_for_peer: Duration::ZERO,
+            ..settings()
+        };
+        let _alone = end(impatient, &[format!("echo:{refuses}")], &[]).await;
+        refused_at_once(&refuses).await;
+        let early = tokio::task::spawn_local(echo_through(waits.clone(), pattern(1000, 1)));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let far = end(settings(), &[], &[format!("echo:{target}")]).await;
+        join(&near, &far);
+        early.await.unwrap();
+    });
+}
+
+#[test]
+fn a_stuck_client_stalls_nobody_else() {
+    run(async {
+        let (target, address) = (echo_server().await, new_address());
+        let near = end(settings(), &[format!("echo:{address}")], &[]).await;
+        let far = end(settings(), &[], &[format!("echo:{target}")]).await;
+        join(&near, &far);
+        let mut stuck = Vec::new();
+        for _ in 0..20 {
+            let client = connect(&address).await;
+            let data = pattern(64 * 1024, 0);
+            // Write until nothing is taken any more, and never read.
+            while let Ok(Ok(_)) = timeout(Duration::from_millis(20), client.writable()).await {
+                let _ = client.try_write(&data);
+            }
+            stuck.push(client);
+        }
+        echo_through(address.clone(), pattern(3_000_000, 7)).await;
+    });
+}
+
+#[test]
+fn streams_end_when_the_link_does_and_new_ones_work() {
+    run(async {
+        let (target, address) = (echo_server().await, new_address());
+        let near = end(settings(), &[format!("echo:{address}")], &[]).await;
+        let far = end(settings(), &[], &[format!("echo:{target}")]).await;
+        let (x, y) = StdUnixStream::pair().unwrap();
+        let cut = x.try_clone().unwrap();
+        near.links.send(x).unwrap();
+        far.links.send(y).unwrap();
+        let mut old = connect(&address).await;
+        old.write_all(b"old").await.unwrap();
+        let mut buf = [0; 3];
+        old.read_exact(&mut buf).await.unwrap();
+        cut.shutdown(std::net::Shutdown::Both).unwrap();
+        ends_at_once(old).await;
+        join(&near, &far);
+        echo_through(address.clone(), pattern(100_000, 2)).await;
+    });
+}
+
+#[test]
+fn a_request_to_end_lets_streams_finish_and_tells_the_peer() {
+    run(async {
+        let (target, address) = (echo_server().await, new_address());
+        let near = end(settings(), &[format!("echo:{address}")], &[]).await;
+        let far = end(settings(), &[], &[format!("echo:{target}")]).await;
+        join(&near, &far);
+        let mut open = connect(&address).await;
+        open.write_all(b"open").await.unwrap();
+        let mut buf = [0; 4];
+        open.read_exact(&mut buf).await.unwrap();
+        far.stop.send(true).unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        open.write_all(b"more").await.unwrap();
+        open.read_exact(&mut buf).await.unwrap();
+        assert_eq!(&buf, b"more");
+        far.done.await.unwrap().unwrap();
+        ends_at_once(open).await;
+        near.stop.send(true).unwrap();
+        near.done.await.unwrap().unwrap();
+    });
+}
