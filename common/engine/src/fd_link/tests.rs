@@ -194,6 +194,11 @@ fn a_full_peer_keeps_the_rest_and_makes_no_new_offer() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     runtime().block_on(async {
         let mut link = FdLink::new(ours.into()).unwrap();
+        assert_eq!(
+            link.send(&mut |_| 0).unwrap(),
+            Progress::Wait,
+            "idle at first"
+        );
         let mut offered = 0;
         let mut source = |_: &[Segment<'_>]| {
             offered += CHUNK;
@@ -345,15 +350,24 @@ async fn settle(link: &mut FdLink) {
 
 /// How often `poll_ready` is ready within so many milliseconds, if nobody receives or sends.
 async fn wakes(link: &mut FdLink, millis: u64) -> usize {
-    let mut count = 0;
+    let (mut wakes, mut polls) = (0, 0);
     let wake_up = async {
         loop {
-            poll_fn(|cx| link.poll_ready(cx)).await;
-            count += 1;
+            poll_fn(|cx| {
+                polls += 1;
+                link.poll_ready(cx)
+            })
+            .await;
+            wakes += 1;
         }
     };
     let _: Result<(), _> = timeout(Duration::from_millis(millis), wake_up).await;
-    count
+    // One that is ready, one that waits; a few more for what the kernel says in between.
+    assert!(
+        polls <= 2 * wakes + 4,
+        "{polls} polls for {wakes} wake-ups: it spins"
+    );
+    wakes
 }
 
 /// Both sides of a terminal that changes no byte.
