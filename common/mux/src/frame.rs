@@ -89,18 +89,18 @@ impl Header {
 
     /// Checks the payload length against the frame type; unknown types pass if they may be skipped.
     pub const fn check(self) -> Result<(), Violation> {
-        let max_text = 2 + MAX_TEXT_LEN as u32;
         let (min, max) = match self.kind {
-            kind::OPEN => (5, 4 + MAX_SERVICE_LEN as u32),
-            kind::REFUSE | kind::RESET | kind::GOAWAY => (2, max_text),
-            kind::DATA => (1, u32::MAX),
+            kind::OPEN => (5, 4 + MAX_SERVICE_LEN),
+            kind::REFUSE | kind::RESET | kind::GOAWAY => (2, 2 + MAX_TEXT_LEN),
+            kind::DATA => (1, usize::MAX),
             kind::FIN => (0, 0),
             kind::ACCEPT | kind::CREDIT | kind::SESSION_CREDIT => (4, 4),
             kind::PING | kind::PONG => (8, 8),
-            unknown if unknown & IGNORABLE != 0 => (0, u32::MAX),
+            unknown if unknown & IGNORABLE != 0 => (0, usize::MAX),
             unknown => return Err(Violation::UnknownFrame(unknown)),
         };
-        if self.len < min || self.len > max {
+        let len = self.len as usize;
+        if len < min || len > max {
             return Err(Violation::BadLength {
                 kind: self.kind,
                 len: self.len,

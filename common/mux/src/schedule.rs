@@ -80,6 +80,12 @@ impl Schedule {
         }
     }
 
+    /// Entries in both lines, those of streams that are gone included.
+    #[cfg(feature = "sim")]
+    pub(crate) fn len(&self) -> usize {
+        self.fresh.len() + self.bulk.len()
+    }
+
     /// Counts `bytes` that the stream sent against its turn.
     pub(crate) fn spent(stream: &mut Stream, bytes: u32) {
         let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);

@@ -22,10 +22,18 @@ use crate::credit::Credit;
 use crate::frame::PEER_OPENED;
 use crate::reason::Reason;
 
-/// Names a stream within its session, on this side: bit 31 tells that the peer opened it, then come an
+/// Names a stream within its session, on this side. No other stream of the session ever has the same one, even when
+/// the peer gives its address again at once.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StreamId {
+    address: Address,
+    serial: u64,
+}
+
+/// What names a stream on the wire, seen from this side: bit 31 tells that the peer opened it, then come an
 /// 11-bit generation and a 20-bit slot (`PROTOCOL.md`, "Streams").
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct StreamId(u32);
+pub(crate) struct Address(u32);
 
 /// Streams one side can have open at once: the slot's 20 bits.
 pub(crate) const MAX_SLOTS: u32 = 1 << SLOT_BITS;
@@ -34,14 +42,30 @@ const SLOT_BITS: u32 = 20;
 pub(crate) const GENERATIONS: u16 = 1 << 11;
 
 impl StreamId {
-    pub(crate) fn new(peer_opened: bool, slot: u32, generation: u16) -> Self {
-        let id = (u32::from(generation % GENERATIONS) << SLOT_BITS) | (slot % MAX_SLOTS);
-        StreamId(if peer_opened { id | PEER_OPENED } else { id })
+    /// `serial` is one that no other stream of the session has.
+    pub(crate) fn new(address: Address, serial: u64) -> Self {
+        StreamId { address, serial }
     }
 
-    /// The id a frame that arrived means: what its sender opened, its sender calls its own.
+    pub(crate) fn address(self) -> Address {
+        self.address
+    }
+
+    /// Whether the other end opened it.
+    pub fn peer_opened(self) -> bool {
+        self.address.peer_opened()
+    }
+}
+
+impl Address {
+    /// The address of a stream opened here.
+    pub(crate) fn new(slot: u32, generation: u16) -> Self {
+        Address((u32::from(generation % GENERATIONS) << SLOT_BITS) | (slot % MAX_SLOTS))
+    }
+
+    /// The address a frame that arrived means: what its sender opened, its sender calls its own.
     pub(crate) fn from_wire(stream: u32) -> Self {
-        StreamId(stream ^ PEER_OPENED)
+        Address(stream ^ PEER_OPENED)
     }
 
     /// The stream field of a frame to send.
@@ -49,8 +73,7 @@ impl StreamId {
         self.0
     }
 
-    /// Whether the other end opened it.
-    pub fn peer_opened(self) -> bool {
+    pub(crate) fn peer_opened(self) -> bool {
         self.0 & PEER_OPENED != 0
     }
 
@@ -74,8 +97,9 @@ impl fmt::Debug for StreamId {
 /// `>3.0` for slot 3, generation 0, opened here; `<3.0` for one the peer opened.
 impl fmt::Display for StreamId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let side = if self.peer_opened() { '<' } else { '>' };
-        write!(f, "{side}{}.{}", self.slot(), self.generation())
+        let at = self.address;
+        let side = if at.peer_opened() { '<' } else { '>' };
+        write!(f, "{side}{}.{}", at.slot(), at.generation())
     }
 }
 

@@ -4,14 +4,15 @@ use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
-use crate::stream::{GENERATIONS, Stream, StreamId};
+use crate::stream::{Address, GENERATIONS, Stream, StreamId};
 
 /// All live streams of a session.
 #[derive(Default)]
 pub(crate) struct Streams {
     mine: Table,
     theirs: Table,
-    ids: Ids,
+    addresses: Addresses,
+    serials: u64,
 }
 
 /// Streams that one side opened.
@@ -21,11 +22,16 @@ struct Table {
     live: usize,
 }
 
-/// Hands out ids for streams opened here; a slot comes back with its next generation, oldest first.
+/// Hands out addresses for streams opened here; a slot comes back with its next generation, oldest first.
 #[derive(Default)]
-struct Ids {
-    free: VecDeque<StreamId>,
+struct Addresses {
+    free: VecDeque<Address>,
     used: u32,
+    /// Those whose generations start over. They stay here until a PING sent later has come back: by then no frame of an
+    /// earlier stream at this address can be under way.
+    fenced: VecDeque<Address>,
+    /// How many of them the PING under way frees.
+    covered: usize,
 }
 
 impl Streams {
@@ -34,37 +40,66 @@ impl Streams {
     }
 
     pub(crate) fn get(&self, id: StreamId) -> Option<&Stream> {
-        let table = if id.peer_opened() {
-            &self.theirs
-        } else {
-            &self.mine
-        };
-        let stream = table.slots.get(id.slot() as usize)?.as_deref()?;
+        let slots = &self.table(id.address()).slots;
+        let stream = slots.get(id.address().slot() as usize)?.as_deref()?;
         (stream.id == id).then_some(stream)
+    }
+
+    /// The stream that lives at `address`.
+    pub(crate) fn at(&self, address: Address) -> Option<StreamId> {
+        let slots = &self.table(address).slots;
+        let stream = slots.get(address.slot() as usize)?.as_deref()?;
+        (stream.id.address() == address).then_some(stream.id)
     }
 
     pub(crate) fn get_mut(&mut self, id: StreamId) -> Option<&mut Stream> {
-        let slots = &mut self.table(id).slots;
-        let stream = slots.get_mut(id.slot() as usize)?.as_deref_mut()?;
+        let slots = &mut self.table_mut(id.address()).slots;
+        let stream = slots.get_mut(id.address().slot() as usize)?;
+        let stream = stream.as_deref_mut()?;
         (stream.id == id).then_some(stream)
     }
 
-    /// An unused id for a stream to open here, if one with a slot below `limit` is left.
-    pub(crate) fn new_id(&mut self, limit: u32) -> Option<StreamId> {
-        let ids = &mut self.ids;
-        match ids.free.pop_front() {
-            Some(id) => Some(id),
-            None => (ids.used < limit).then(|| {
-                ids.used += 1;
-                StreamId::new(false, ids.used - 1, 0)
+    /// A new id for a stream at `address`.
+    pub(crate) fn name(&mut self, address: Address) -> StreamId {
+        self.serials += 1;
+        StreamId::new(address, self.serials)
+    }
+
+    /// A free address for a stream to open here, if one with a slot below `limit` is left.
+    pub(crate) fn new_address(&mut self, limit: u32) -> Option<Address> {
+        let addresses = &mut self.addresses;
+        match addresses.free.pop_front() {
+            Some(address) => Some(address),
+            None => (addresses.used < limit).then(|| {
+                addresses.used += 1;
+                Address::new(addresses.used - 1, 0)
             }),
         }
     }
 
+    /// Whether addresses wait for the answer to a PING that is still to be sent.
+    pub(crate) fn wants_fence(&self) -> bool {
+        self.addresses.fenced.len() > self.addresses.covered
+    }
+
+    /// A PING goes out.
+    pub(crate) fn fence(&mut self) {
+        self.addresses.covered = self.addresses.fenced.len();
+    }
+
+    /// It came back.
+    pub(crate) fn fence_passed(&mut self) {
+        let addresses = &mut self.addresses;
+        let freed = addresses.fenced.drain(..addresses.covered);
+        addresses.free.extend(freed);
+        addresses.covered = 0;
+    }
+
     /// Adds a stream, unless its slot is taken.
     pub(crate) fn insert(&mut self, stream: Stream) -> Option<()> {
-        let slot = stream.id.slot() as usize;
-        let table = self.table(stream.id);
+        let address = stream.id.address();
+        let slot = address.slot() as usize;
+        let table = self.table_mut(address);
         if table.slots.len() <= slot {
             table.slots.resize_with(slot + 1, || None);
         }
@@ -81,14 +116,17 @@ impl Streams {
         if self.get(id).is_none() {
             return;
         }
-        let table = self.table(id);
-        table.slots[id.slot() as usize] = None;
+        let address = id.address();
+        let table = self.table_mut(address);
+        table.slots[address.slot() as usize] = None;
         table.live -= 1;
-        if !id.peer_opened() {
-            let next = (id.generation() + 1) % GENERATIONS;
-            self.ids
-                .free
-                .push_back(StreamId::new(false, id.slot(), next));
+        if !address.peer_opened() {
+            let generation = (address.generation() + 1) % GENERATIONS;
+            let next = Address::new(address.slot(), generation);
+            match generation {
+                0 => self.addresses.fenced.push_back(next),
+                _ => self.addresses.free.push_back(next),
+            }
         }
     }
 
@@ -97,8 +135,16 @@ impl Streams {
         slots.filter_map(|slot| slot.as_deref())
     }
 
-    fn table(&mut self, id: StreamId) -> &mut Table {
-        if id.peer_opened() {
+    fn table(&self, address: Address) -> &Table {
+        if address.peer_opened() {
+            &self.theirs
+        } else {
+            &self.mine
+        }
+    }
+
+    fn table_mut(&mut self, address: Address) -> &mut Table {
+        if address.peer_opened() {
             &mut self.theirs
         } else {
             &mut self.mine

@@ -36,8 +36,13 @@
 //!
 //! Time is in microseconds from any fixed start and never goes back.
 
+#[cfg(feature = "sim")]
+mod inspect;
 mod receive;
 mod transmit;
+
+#[cfg(feature = "sim")]
+pub use inspect::CreditView;
 
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
@@ -49,7 +54,7 @@ use crate::frame::{HEADER_LEN, MAX_TEXT_LEN, valid_service_name};
 use crate::hello::{Hello, VERSION, truncate};
 use crate::reason::{End, Reason};
 use crate::schedule::Schedule;
-use crate::stream::{Half, MAX_SLOTS, Note, Phase, Receive, Stream, StreamId};
+use crate::stream::{Address, Half, MAX_SLOTS, Note, Phase, Receive, Stream, StreamId};
 use crate::table::{Streams, line_up};
 
 /// Microseconds from any fixed start.
@@ -349,7 +354,8 @@ impl Session {
             (_, true) => return Err(OpenError::GoingAway),
             (Some(peer), _) => peer.max_streams.min(self.config.max_streams),
         };
-        let id = self.streams.new_id(limit).ok_or(OpenError::Limit)?;
+        let address = self.streams.new_address(limit);
+        let id = self.streams.name(address.ok_or(OpenError::Limit)?);
         let mut stream = Stream::new(id, Phase::Opening);
         stream.owed.open = true;
         stream.note = Some(Note::Service(service.as_bytes().into()));
@@ -459,6 +465,7 @@ impl Session {
         let result = f(stream, &mut self.committed);
         if stream.is_gone() {
             self.streams.remove(id);
+            self.fence();
             return Some(result);
         }
         let owed = stream.owed;
@@ -469,6 +476,21 @@ impl Session {
         }
         self.schedule.add(&mut self.streams, id);
         Some(result)
+    }
+
+    /// Asks for a PING if addresses wait for one.
+    fn fence(&mut self) {
+        self.owed.ping |= self.streams.wants_fence() && self.ping_sent.is_none();
+    }
+
+    /// Handles a frame for the stream at `address`; `None` if none lives there.
+    fn with_at<T>(
+        &mut self,
+        address: Address,
+        f: impl FnOnce(&mut Stream, &mut u64) -> T,
+    ) -> Option<(StreamId, T)> {
+        let id = self.streams.at(address)?;
+        Some((id, self.with(id, f)?))
     }
 
     /// Adds a stream with its first grant, if there is memory for it and its slot is free.

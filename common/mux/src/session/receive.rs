@@ -9,7 +9,7 @@ use crate::frame::{
 };
 use crate::hello::{Hello, MAGIC, Parse, printable};
 use crate::reason::{End, Reason, Violation};
-use crate::stream::{Half, Phase, Stream, StreamId};
+use crate::stream::{Address, Half, Phase, Stream, StreamId};
 
 /// How many round trips a whole window may take for it to count as what holds the stream back.
 const GROWTH_ROUND_TRIPS: Time = 4;
@@ -165,7 +165,7 @@ impl Session {
         header.check()?;
         match header.kind {
             kind::DATA => self.data(header),
-            kind::FIN => self.fin(StreamId::from_wire(header.stream)),
+            kind::FIN => self.fin(Address::from_wire(header.stream)),
             known if known < kind::GOAWAY + 1 => {
                 debug_assert!(header.len as usize <= MAX_CONTROL_PAYLOAD);
                 Ok(())
@@ -181,7 +181,7 @@ impl Session {
 
     /// Accounts for a data frame whose payload comes next.
     fn data(&mut self, header: Header) -> Result<(), Violation> {
-        let (id, len) = (StreamId::from_wire(header.stream), header.len);
+        let (at, len) = (Address::from_wire(header.stream), header.len);
         if len > self.config.max_frame {
             return Err(Violation::CreditOverdrawn);
         }
@@ -191,7 +191,7 @@ impl Session {
             .map_err(|_| Violation::CreditOverdrawn)?;
         self.receive.returnable += len;
         self.stats.data_received += u64::from(len);
-        let wanted = self.with(id, |stream, _| match (stream.phase, stream.receiving) {
+        let wanted = self.with_at(at, |stream, _| match (stream.phase, stream.receiving) {
             (Phase::Open, Half::Open) => {
                 stream
                     .receive
@@ -204,18 +204,28 @@ impl Session {
             (Phase::Closing, _) => Ok(false),
             _ => Err(Violation::Unexpected(kind::DATA)),
         });
-        self.expect = match wanted.transpose()? {
-            Some(true) => Expect::Data(id, len as usize),
-            Some(false) | None => {
-                self.stats.late_frames += 1;
-                Expect::Skip(len as usize)
-            }
+        self.expect = match self.live(wanted)? {
+            Some(id) => Expect::Data(id, len as usize),
+            None => Expect::Skip(len as usize),
         };
         Ok(())
     }
 
-    fn fin(&mut self, id: StreamId) -> Result<(), Violation> {
-        let finished = self.with(id, |stream, committed| {
+    /// The stream a frame is for, if it lives; counts frames that come too late.
+    fn live(
+        &mut self,
+        handled: Option<(StreamId, Result<bool, Violation>)>,
+    ) -> Result<Option<StreamId>, Violation> {
+        let live = match handled {
+            Some((id, result)) => result?.then_some(id),
+            None => None,
+        };
+        self.stats.late_frames += u64::from(live.is_none());
+        Ok(live)
+    }
+
+    fn fin(&mut self, at: Address) -> Result<(), Violation> {
+        let finished = self.with_at(at, |stream, committed| {
             match (stream.phase, stream.receiving) {
                 (Phase::Open, Half::Open) => {
                     end_receiving(stream, committed);
@@ -226,9 +236,8 @@ impl Session {
                 _ => Err(Violation::Unexpected(kind::FIN)),
             }
         });
-        match finished.transpose()? {
-            Some(true) => self.events.push_back(Event::Finished(id)),
-            Some(false) | None => self.stats.late_frames += 1,
+        if let Some(id) = self.live(finished)? {
+            self.events.push_back(Event::Finished(id));
         }
         Ok(())
     }
@@ -250,7 +259,7 @@ impl Session {
             return Ok(());
         };
         let header = Header::decode(*head);
-        let id = StreamId::from_wire(header.stream);
+        let at = Address::from_wire(header.stream);
         let short = Violation::BadLength {
             kind: header.kind,
             len: header.len,
@@ -258,28 +267,28 @@ impl Session {
         match header.kind {
             kind::OPEN => {
                 let (window, name) = split_u32(payload).ok_or(short)?;
-                self.asked(id, window, name)
+                self.asked(at, window, name)
             }
             kind::ACCEPT => {
                 let (window, _) = split_u32(payload).ok_or(short)?;
-                self.accepted(id, window)
+                self.accepted(at, window)
             }
             kind::REFUSE | kind::RESET => {
                 let (code, text) = split_u16(payload).ok_or(short)?;
                 let reason = Reason::from_code(code);
-                self.over(id, header.kind, reason, printable(text, MAX_TEXT_LEN))
+                self.over(at, header.kind, reason, printable(text, MAX_TEXT_LEN))
             }
             kind::CREDIT => {
                 let (bytes, _) = split_u32(payload).ok_or(short)?;
-                let added = self.with(id, |stream, _| match stream.phase {
-                    Phase::Open => stream
-                        .send
-                        .add(bytes)
-                        .map_err(|_| Violation::CreditOverflow),
-                    Phase::Closing => Ok(()),
+                let added = self.with_at(at, |stream, _| match stream.phase {
+                    Phase::Open => {
+                        let sum = stream.send.add(bytes);
+                        sum.map_err(|_| Violation::CreditOverflow).map(|()| true)
+                    }
+                    Phase::Closing => Ok(false),
                     Phase::Opening | Phase::Asked => Err(Violation::Unexpected(kind::CREDIT)),
                 });
-                added.unwrap_or(Ok(()))
+                self.live(added).map(|_| ())
             }
             kind::SESSION_CREDIT => {
                 let (bytes, _) = split_u32(payload).ok_or(short)?;
@@ -301,13 +310,14 @@ impl Session {
         }
     }
 
-    fn asked(&mut self, id: StreamId, window: u32, name: &[u8]) -> Result<(), Violation> {
-        if !id.peer_opened() || id.slot() >= self.config.max_streams {
+    fn asked(&mut self, at: Address, window: u32, name: &[u8]) -> Result<(), Violation> {
+        if !at.peer_opened() || at.slot() >= self.config.max_streams {
             return Err(Violation::BadOpen);
         }
         if name.len() > MAX_SERVICE_LEN || !valid_service_name(name) {
             return Err(Violation::BadServiceName);
         }
+        let id = self.streams.name(at);
         let mut stream = Stream::new(id, Phase::Asked);
         stream
             .send
@@ -326,8 +336,8 @@ impl Session {
         Ok(())
     }
 
-    fn accepted(&mut self, id: StreamId, window: u32) -> Result<(), Violation> {
-        let accepted = self.with(id, |stream, _| match stream.phase {
+    fn accepted(&mut self, at: Address, window: u32) -> Result<(), Violation> {
+        let accepted = self.with_at(at, |stream, _| match stream.phase {
             Phase::Opening if !stream.owed.open => {
                 stream.phase = Phase::Open;
                 stream
@@ -339,9 +349,8 @@ impl Session {
             Phase::Closing => Ok(false),
             _ => Err(Violation::Unexpected(kind::ACCEPT)),
         });
-        match accepted.transpose()? {
-            Some(true) => self.events.push_back(Event::Accepted(id)),
-            Some(false) | None => self.stats.late_frames += 1,
+        if let Some(id) = self.live(accepted)? {
+            self.events.push_back(Event::Accepted(id));
         }
         Ok(())
     }
@@ -349,15 +358,15 @@ impl Session {
     /// A REFUSE or RESET: the stream is gone, whatever it still owed.
     fn over(
         &mut self,
-        id: StreamId,
+        at: Address,
         kind: u8,
         reason: Reason,
         text: String,
     ) -> Result<(), Violation> {
-        let told = self.with(id, |stream, committed| {
+        let told = self.with_at(at, |stream, committed| {
             let (phase, unsent) = (stream.phase, stream.owed.open);
             let allowed = match kind {
-                kind::REFUSE => !id.peer_opened() && phase != Phase::Open,
+                kind::REFUSE => !at.peer_opened() && phase != Phase::Open,
                 _ => true,
             };
             if !allowed || (phase == Phase::Opening && unsent) {
@@ -366,19 +375,21 @@ impl Session {
             super::close(stream, committed);
             Ok(phase != Phase::Closing)
         });
-        match told.transpose()? {
-            Some(true) if kind == kind::REFUSE => self.events.push_back(Event::Refused {
-                stream: id,
+        let Some(stream) = self.live(told)? else {
+            return Ok(());
+        };
+        self.events.push_back(match kind {
+            kind::REFUSE => Event::Refused {
+                stream,
                 reason,
                 text,
-            }),
-            Some(true) => self.events.push_back(Event::Reset {
-                stream: id,
+            },
+            _ => Event::Reset {
+                stream,
                 reason,
                 text,
-            }),
-            Some(false) | None => self.stats.late_frames += 1,
-        }
+            },
+        });
         Ok(())
     }
 
@@ -389,6 +400,8 @@ impl Session {
             let round_trip = now.saturating_sub(sent).max(1);
             self.ping_sent = None;
             self.round_trip = Some(round_trip);
+            self.streams.fence_passed();
+            self.fence();
             self.events.push_back(Event::RoundTrip(round_trip));
         }
     }

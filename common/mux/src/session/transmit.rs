@@ -58,7 +58,7 @@ impl Session {
         Header {
             kind: kind::DATA,
             len,
-            stream: id.to_wire(),
+            stream: id.address().to_wire(),
         }
         .encode()
     }
@@ -81,6 +81,7 @@ impl Session {
         if core::mem::take(&mut self.owed.ping) {
             self.ping_token = self.ping_token.wrapping_add(1);
             self.ping_sent = Some(now);
+            self.streams.fence();
             return Some(token_frame(buf, kind::PING, self.ping_token));
         }
         if let Some((reason, text)) = self.owed.goaway.take() {
@@ -113,7 +114,7 @@ impl Session {
 /// The next control frame a stream owes, in the order the peer must see them; `None` when it owes no more.
 fn stream_frame(stream: &mut Stream, buf: &mut [u8]) -> Option<usize> {
     use core::mem::take;
-    let wire = stream.id.to_wire();
+    let wire = stream.id.address().to_wire();
     let window = stream.receive.window;
     if take(&mut stream.owed.open) {
         debug_assert_eq!(stream.phase, Phase::Opening);

@@ -1,0 +1,176 @@
+//! One session and a peer made by hand, which may say whatever it likes.
+
+#![allow(dead_code)] // each test binary uses its part
+
+use virtproxy_mux::frame::{HEADER_LEN, Header, MAX_CONTROL_FRAME, kind};
+use virtproxy_mux::{Config, Event, Hello, Session, StreamId, Transmit};
+
+/// Epoch of the session under test.
+pub(crate) const EPOCH: u64 = 0x1111_2222_3333_4444;
+/// Epoch of the peer.
+pub(crate) const PEER: u64 = 0x5555_6666_7777_8888;
+/// The stream field of what the receiver of the frame opened.
+pub(crate) const YOURS: u32 = 1 << 31;
+
+/// A session, and all that came out of it.
+pub(crate) struct Bench {
+    pub(crate) session: Session,
+    pub(crate) now: u64,
+    /// Data that arrived, in order.
+    pub(crate) data: Vec<(Option<StreamId>, Vec<u8>)>,
+    /// How many bytes are handed over at a time.
+    pub(crate) step: usize,
+}
+
+/// A frame as the session under test sent it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Sent {
+    Hello(Vec<u8>),
+    Filler(usize),
+    Frame(u8, u32, Vec<u8>),
+}
+
+impl Bench {
+    /// A session that has shaken hands; its first PING is answered.
+    pub(crate) fn new(config: Config) -> Self {
+        let mut bench = Self::seeking(config);
+        bench.sent();
+        let events = bench.feed(&hello(PEER, EPOCH).encode());
+        assert!(matches!(events[..], [Event::Established(_)]), "{events:?}");
+        for sent in bench.sent() {
+            if let Sent::Frame(kind::PING, 0, token) = sent {
+                bench.feed(&frame(kind::PONG, 0, &token));
+            }
+        }
+        bench
+    }
+
+    /// A session that has heard nothing yet.
+    pub(crate) fn seeking(config: Config) -> Self {
+        Bench {
+            session: Session::new(config, EPOCH),
+            now: 1_000_000,
+            data: Vec::new(),
+            step: usize::MAX,
+        }
+    }
+
+    /// Hands bytes over as a driver does; returns the events.
+    pub(crate) fn feed(&mut self, bytes: &[u8]) -> Vec<Event> {
+        let mut events = Vec::new();
+        let mut rest = bytes;
+        while !rest.is_empty() && !self.session.is_ended() {
+            let now = &rest[..rest.len().min(self.step)];
+            let used = match self.session.payload() {
+                Some(payload) => {
+                    let n = payload.remaining.min(now.len());
+                    self.data.push((payload.stream, now[..n].to_vec()));
+                    self.session.payload_taken(n);
+                    n
+                }
+                None => self.session.handle_bytes(self.now, now),
+            };
+            let before = events.len();
+            events.extend(std::iter::from_fn(|| self.session.poll_event()));
+            self.session.check_invariants();
+            assert!(
+                used > 0 || events.len() > before,
+                "the session takes nothing and says nothing"
+            );
+            rest = &rest[used..];
+        }
+        events
+    }
+
+    /// Every control frame the session has to send; each stream's data turn is answered with "nothing to read".
+    pub(crate) fn sent(&mut self) -> Vec<Sent> {
+        let mut out = Vec::new();
+        let mut buf = [0; MAX_CONTROL_FRAME];
+        while let Some(transmit) = self.session.poll_transmit(self.now, 1 << 20, &mut buf) {
+            self.session.check_invariants();
+            match transmit {
+                Transmit::Control(len) => out.push(Sent::new(&buf[..len])),
+                Transmit::Data { stream, .. } => self.session.blocked(stream),
+            }
+        }
+        out
+    }
+
+    /// A stream opened by the peer and accepted here.
+    pub(crate) fn accepted(&mut self, address: u32, window: u32) -> StreamId {
+        let id = self.asked(address, window);
+        self.session.accept(id);
+        self.sent();
+        id
+    }
+
+    /// A stream the peer asked for.
+    pub(crate) fn asked(&mut self, address: u32, window: u32) -> StreamId {
+        match &self.feed(&open(address, window, "echo"))[..] {
+            [Event::Asked { stream, .. }] => *stream,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+impl Sent {
+    fn new(bytes: &[u8]) -> Self {
+        if bytes[0] == kind::HELLO {
+            return Sent::Hello(bytes.to_vec());
+        }
+        if bytes.iter().all(|byte| *byte == 0) {
+            return Sent::Filler(bytes.len());
+        }
+        let (head, payload) = bytes.split_first_chunk::<HEADER_LEN>().unwrap();
+        let header = Header::decode(*head);
+        assert_eq!(header.len as usize, payload.len());
+        Sent::Frame(header.kind, header.stream, payload.to_vec())
+    }
+}
+
+/// A sound HELLO.
+pub(crate) fn hello(epoch: u64, ack: u64) -> Hello {
+    Hello {
+        min_version: 1,
+        max_version: 1,
+        epoch,
+        ack,
+        features: 0,
+        max_frame: 65536,
+        session_window: 1 << 20,
+        max_streams: 1024,
+        product: "peer 1".to_string(),
+    }
+}
+
+/// A frame of any kind.
+pub(crate) fn frame(kind: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let header = Header {
+        kind,
+        len: u32::try_from(payload.len()).unwrap(),
+        stream,
+    };
+    [&header.encode()[..], payload].concat()
+}
+
+pub(crate) fn open(stream: u32, window: u32, service: &str) -> Vec<u8> {
+    let payload = [&window.to_le_bytes()[..], service.as_bytes()].concat();
+    frame(kind::OPEN, stream, &payload)
+}
+
+pub(crate) fn word(kind: u8, stream: u32, word: u32) -> Vec<u8> {
+    frame(kind, stream, &word.to_le_bytes())
+}
+
+pub(crate) fn reason(kind: u8, stream: u32, code: u16, text: &str) -> Vec<u8> {
+    frame(
+        kind,
+        stream,
+        &[&code.to_le_bytes()[..], text.as_bytes()].concat(),
+    )
+}
+
+/// The address of slot `slot` in generation `generation`, as its opener writes it.
+pub(crate) fn address(slot: u32, generation: u32) -> u32 {
+    generation << 20 | slot
+}
