@@ -21,6 +21,8 @@ pub const MAX_SERVICE_LEN: usize = 255;
 pub const MAX_TEXT_LEN: usize = 255;
 /// The longest payload of any frame but DATA that this version knows, in bytes.
 pub const MAX_CONTROL_PAYLOAD: usize = 4 + MAX_SERVICE_LEN;
+/// The longest payload a header can tell, in bytes: 24 bits.
+pub const MAX_PAYLOAD: u32 = (1 << 24) - 1;
 /// Room that every control frame fits in, in bytes.
 pub const MAX_CONTROL_FRAME: usize = crate::hello::MAX_HELLO_LEN;
 /// Bit 31 of the stream field: the stream was opened by the *receiver* of this frame.

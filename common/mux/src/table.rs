@@ -130,6 +130,11 @@ impl Streams {
         }
     }
 
+    /// Forgets all streams.
+    pub(crate) fn clear(&mut self) {
+        (self.mine, self.theirs) = (Table::default(), Table::default());
+    }
+
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Stream> {
         let slots = self.mine.slots.iter().chain(&self.theirs.slots);
         slots.filter_map(|slot| slot.as_deref())

@@ -3,9 +3,10 @@
 
 mod support;
 
-use support::{Bench, Sent, YOURS, address, frame, reason};
+use support::{Bench, Sent, YOURS, address, frame, reason, word};
 use virtproxy_mux::frame::kind;
-use virtproxy_mux::{Config, OpenError, Reason};
+use virtproxy_mux::session::MIN_WINDOW;
+use virtproxy_mux::{Config, Event, OpenError, Reason};
 
 /// More than the lines of a session with a handful of streams may ever hold.
 const BACKLOG: usize = 1024;
@@ -77,4 +78,99 @@ fn an_address_comes_back_only_when_nothing_of_its_past_can_be_under_way() {
     assert_eq!(bench.session.open("x"), Err(OpenError::Limit));
     bench.feed(&frame(kind::PONG, 0, token));
     assert_eq!(refused(&mut bench), address(0, 0));
+}
+
+#[test]
+fn unread_bytes_of_ended_streams_count_against_the_memory() {
+    let config = Config {
+        max_streams: 4,
+        memory: 0,
+        initial_window: MIN_WINDOW,
+        ..Config::default()
+    };
+    let mut bench = Bench::new(config);
+    let mut unread = Vec::new();
+    // The local side ends its half at once, and never reads what came.
+    let refusal = loop {
+        let id = bench.asked_or_refused(address(0, 0));
+        let Some(id) = id else { break bench.sent() };
+        bench.session.accept(id);
+        bench.sent();
+        bench.session.finish(id);
+        bench.sent();
+        bench.feed(&frame(kind::DATA, address(0, 0), &[0; MIN_WINDOW as usize]));
+        bench.feed(&frame(kind::FIN, address(0, 0), &[]));
+        unread.push(id);
+        assert_eq!(bench.session.streams(), 0);
+        assert!(unread.len() < 100, "memory has no bound");
+    };
+    assert_eq!(unread.len(), 8, "what was set aside for twice 4 streams");
+    assert!(
+        matches!(&refusal[..], [Sent::Frame(kind::REFUSE, _, why)] if why[0] == 5),
+        "{refusal:?}"
+    );
+    assert_eq!(bench.session.open("x"), Err(OpenError::Limit));
+    bench
+        .session
+        .consumed(bench.now, unread[0], MIN_WINDOW as usize);
+    assert!(bench.session.open("x").is_ok());
+}
+
+#[test]
+fn an_ended_session_has_nothing_to_send_but_its_farewell() {
+    let mut bench = Bench::new(Config::default());
+    let ids = [0, 1].map(|slot| bench.accepted(address(slot, 0), 1 << 20));
+    bench.feed(&frame(kind::DATA, address(0, 0), &[0; 100]));
+    bench.feed(&word(kind::PING, 0, 0));
+    for id in ids {
+        bench.session.reset(id, Reason::Cancelled, "");
+        bench.session.consumed(bench.now, id, 100);
+    }
+    assert_eq!(bench.session.streams(), 0);
+    assert_eq!(bench.session.committed(), 0);
+    let farewell = bench.sent();
+    assert!(
+        matches!(farewell[..], [Sent::Frame(kind::GOAWAY, 0, _)]),
+        "{farewell:?}"
+    );
+}
+
+#[test]
+fn silly_limits_are_made_sound() {
+    let silly = Config {
+        max_streams: 0,
+        initial_window: u32::MAX,
+        max_window: u32::MAX,
+        session_window: 0,
+        memory: 0,
+        max_frame: 1,
+        ..Config::default()
+    };
+    let mut bench = Bench::new(silly);
+    bench.accepted(address(0, 0), 1 << 20);
+    assert!(bench.session.open("x").is_ok());
+    let mut fresh = Bench::seeking(Config {
+        max_frame: 1,
+        ..Config::default()
+    });
+    let sent = fresh.sent();
+    let [Sent::Hello(hello)] = &sent[..] else {
+        panic!("{sent:?}")
+    };
+    let mut other = Bench::seeking(Config::default());
+    other.feed(hello);
+    assert_eq!(
+        other.session.stats().skipped,
+        0,
+        "the other end takes it for a handshake"
+    );
+}
+
+#[test]
+fn going_away_is_told_once() {
+    let mut bench = Bench::new(Config::default());
+    let goaway = reason(kind::GOAWAY, 0, 6, "bye");
+    assert!(matches!(bench.feed(&goaway)[..], [Event::GoingAway { .. }]));
+    assert_eq!(bench.feed(&goaway), []);
+    assert_eq!(bench.session.open("x"), Err(OpenError::GoingAway));
 }

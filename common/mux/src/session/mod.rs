@@ -25,7 +25,8 @@
 //! 3. after either, take every [`Session::poll_event`].
 //!
 //! Data is never refused: credit was granted for it, so the driver keeps what the local side does not take, and
-//! calls [`Session::consumed`] exactly once for each byte that left its hands (written, or dropped).
+//! calls [`Session::consumed`] exactly once for each byte that left its hands (written, or dropped), even if the stream
+//! is gone by then. What it holds of a stream that was reset it drops at once.
 //!
 //! *Output*, while the link has room: [`Session::poll_transmit`]. A [`Transmit::Control`] frame is in the buffer. For
 //! a [`Transmit::Data`], leave [`HEADER_LEN`] bytes of room, read up to `max` bytes from the stream's local side behind
@@ -50,8 +51,8 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use crate::credit::Credit;
-use crate::frame::{HEADER_LEN, MAX_TEXT_LEN, valid_service_name};
-use crate::hello::{Hello, VERSION, truncate};
+use crate::frame::{HEADER_LEN, MAX_PAYLOAD, MAX_TEXT_LEN, valid_service_name};
+use crate::hello::{Hello, MIN_LIMIT, VERSION, truncate};
 use crate::reason::{End, Reason};
 use crate::schedule::Schedule;
 use crate::stream::{Address, Half, MAX_SLOTS, Note, Phase, Receive, Stream, StreamId};
@@ -62,6 +63,9 @@ pub type Time = u64;
 
 /// The smallest window a stream is ever granted, in bytes; room for it is reserved for every stream there may be.
 pub const MIN_WINDOW: u32 = 4096;
+
+/// The largest window of a stream or session, in bytes.
+pub const MAX_WINDOW: u32 = 1 << 30;
 
 /// What one side allows and asks for.
 #[derive(Clone, Debug)]
@@ -75,7 +79,7 @@ pub struct Config {
     /// Bytes of data that may be on their way to us over all streams.
     pub session_window: u32,
     /// The most bytes the local side may ever have to hold for the peer, over all streams. At least
-    /// [`MIN_WINDOW`] for each of `max_streams` is set aside, whatever this says.
+    /// [`MIN_WINDOW`] for each of `max_streams` each way is set aside, whatever this says.
     pub memory: u64,
     /// The longest DATA payload we take, in bytes.
     pub max_frame: u32,
@@ -238,6 +242,7 @@ pub struct Session {
     peer: Option<Hello>,
     /// We told the peer, or it told us, that no new streams are taken.
     going_away: bool,
+    peer_going_away: bool,
 
     expect: Expect,
     /// A frame that has not arrived whole.
@@ -266,11 +271,13 @@ pub struct Session {
 impl Session {
     /// A session that has yet to shake hands. `epoch` must be random and not 0.
     pub fn new(config: Config, epoch: u64) -> Self {
+        let max_window = config.max_window.clamp(MIN_WINDOW, MAX_WINDOW);
         let config = Config {
             max_streams: config.max_streams.clamp(1, MAX_SLOTS),
-            initial_window: config.initial_window.max(MIN_WINDOW),
-            max_window: config.max_window.clamp(MIN_WINDOW, 1 << 30),
-            session_window: config.session_window.clamp(MIN_WINDOW, 1 << 30),
+            initial_window: config.initial_window.clamp(MIN_WINDOW, max_window),
+            max_window,
+            session_window: config.session_window.clamp(MIN_LIMIT, MAX_WINDOW),
+            max_frame: config.max_frame.clamp(MIN_LIMIT, MAX_PAYLOAD),
             ..config
         };
         let session_window = Credit::new(config.session_window).unwrap_or_default();
@@ -279,6 +286,7 @@ impl Session {
             state: State::Seeking,
             peer: None,
             going_away: false,
+            peer_going_away: false,
             expect: Expect::Frame,
             partial: Vec::new(),
             events: VecDeque::new(),
@@ -354,12 +362,13 @@ impl Session {
             (_, true) => return Err(OpenError::GoingAway),
             (Some(peer), _) => peer.max_streams.min(self.config.max_streams),
         };
+        let window = self.first_window().ok_or(OpenError::Limit)?;
         let address = self.streams.new_address(limit);
         let id = self.streams.name(address.ok_or(OpenError::Limit)?);
         let mut stream = Stream::new(id, Phase::Opening);
         stream.owed.open = true;
         stream.note = Some(Note::Service(service.as_bytes().into()));
-        self.admit(stream).ok_or(OpenError::Limit)?;
+        self.admit(stream, window).ok_or(OpenError::Limit)?;
         Ok(id)
     }
 
@@ -441,7 +450,8 @@ impl Session {
         self.ping_sent
     }
 
-    /// Tells the peer that no new streams are taken from here on; those there are go on.
+    /// Tells the peer that no new streams are taken from here on; those there are go on. Only
+    /// [`Reason::ShuttingDown`] means that: for any other reason the peer ends the session at once.
     pub fn go_away(&mut self, reason: Reason, text: &str) {
         if self.is_established() {
             self.going_away = true;
@@ -493,18 +503,31 @@ impl Session {
         Some((id, self.with(id, f)?))
     }
 
-    /// Adds a stream with its first grant, if there is memory for it and its slot is free.
-    fn admit(&mut self, mut stream: Stream) -> Option<()> {
-        let id = stream.id;
+    /// What a new stream is granted at first, if there is memory for it. There is, unless so much lies unread on
+    /// streams that are already gone that it takes what was set aside.
+    fn first_window(&self) -> Option<u32> {
+        if self.committed + u64::from(MIN_WINDOW) > self.memory() {
+            return None;
+        }
         let share = u32::try_from(self.pool() / 64).unwrap_or(u32::MAX);
-        let window = MIN_WINDOW
-            .saturating_add(share)
-            .min(self.config.initial_window);
+        let window = MIN_WINDOW.saturating_add(share);
+        Some(window.min(self.config.initial_window))
+    }
+
+    /// Adds a stream with its first grant, if its slot is free.
+    fn admit(&mut self, mut stream: Stream, window: u32) -> Option<()> {
+        let id = stream.id;
         stream.receive.window = window;
         stream.receive.granted = Credit::new(window).ok()?;
         self.streams.insert(stream)?;
         self.committed += u64::from(window);
         self.with(id, |_, _| ())
+    }
+
+    /// The most bytes that may ever be granted or held.
+    fn memory(&self) -> u64 {
+        let least = u64::from(self.config.max_streams) * 2 * u64::from(MIN_WINDOW);
+        self.config.memory.max(least)
     }
 
     /// Bytes that may be granted beyond the least window that is set aside for every stream there may yet be.
@@ -539,6 +562,10 @@ impl Session {
         assert!(
             exposed <= self.committed,
             "every grant is accounted for in the session's memory"
+        );
+        assert!(
+            self.committed <= self.memory(),
+            "no more is granted and held than the session's memory"
         );
         assert!(
             self.streams() as u64 <= u64::from(self.config.max_streams) * 2,

@@ -323,7 +323,13 @@ impl Session {
             .send
             .add(window)
             .map_err(|_| Violation::CreditOverflow)?;
-        self.admit(stream).ok_or(Violation::BadOpen)?;
+        let window = self.first_window();
+        self.admit(stream, window.unwrap_or(0))
+            .ok_or(Violation::BadOpen)?;
+        if window.is_none() {
+            self.refuse(id, Reason::Limit, "too much lies unread");
+            return Ok(());
+        }
         if self.going_away {
             self.refuse(id, Reason::ShuttingDown, "");
             return Ok(());
@@ -409,6 +415,9 @@ impl Session {
     fn goes_away(&mut self, reason: Reason, text: String) {
         if reason == Reason::ShuttingDown {
             self.going_away = true;
+            if core::mem::replace(&mut self.peer_going_away, true) {
+                return;
+            }
             self.events.push_back(Event::GoingAway { reason, text });
         } else {
             self.end(End::PeerAborted(reason));
@@ -468,6 +477,12 @@ impl Session {
         self.state = State::Ended;
         self.expect = Expect::Frame;
         self.partial.clear();
+        let unused = |stream: &Stream| match stream.exposure() {
+            0 => 0,
+            window => window - u64::from(stream.receive.held),
+        };
+        self.committed -= self.streams.iter().map(unused).sum::<u64>();
+        self.streams.clear();
         self.control.clear();
         self.owed = super::Owed::default();
         self.events.push_back(Event::Ended(end));

@@ -111,6 +111,15 @@ impl Bench {
             other => panic!("{other:?}"),
         }
     }
+
+    /// The same; `None` if the session refused it by itself.
+    pub(crate) fn asked_or_refused(&mut self, address: u32) -> Option<StreamId> {
+        match &self.feed(&open(address, 1 << 20, "echo"))[..] {
+            [Event::Asked { stream, .. }] => Some(*stream),
+            [] => None,
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 impl Sent {
