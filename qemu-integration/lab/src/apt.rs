@@ -11,6 +11,7 @@ use crate::plan::Plan;
 use crate::progress::{self, Task};
 use crate::sources;
 use anyhow::{Context, Result, bail};
+use std::collections::HashMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -27,6 +28,8 @@ pub(crate) struct Deb {
     pub(crate) file: String,
     /// Its size in bytes.
     pub(crate) size: u64,
+    /// The SHA-256 of the file.
+    pub(crate) sha256: String,
 }
 
 /// The private apt.
@@ -135,6 +138,10 @@ impl Apt {
             progress::size(total)
         );
         let mut task = Task::start(&title, debs.len());
+        // What an interrupted run left: apt would only look at the size.
+        for (_, path) in wrong_files(debs, &paths)? {
+            let _ = fs::remove_file(path);
+        }
         let mut child = self
             .get()
             .args(["download", "-q"])
@@ -179,8 +186,8 @@ impl Apt {
         let stderr = stderr
             .and_then(|thread| thread.join().ok())
             .unwrap_or_default();
-        let broken: Vec<_> = std::iter::zip(debs, &paths)
-            .filter(|(deb, path)| fs::metadata(path).map(|meta| meta.len()).ok() != Some(deb.size))
+        let broken: Vec<_> = wrong_files(debs, &paths)?
+            .into_iter()
             .map(|(deb, _)| format!("{} {}", deb.name, deb.version))
             .collect();
         if !status.success() || !broken.is_empty() {
@@ -274,6 +281,7 @@ Dir::Cache::archives "{dir}/archives";
 Dir::Log "{dir}";
 Acquire::Languages "none";
 Acquire::Retries "3";
+Acquire::ForceHash "SHA256";
 Acquire::GzipIndexes "true";
 Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";
 Acquire::IndexTargets::deb::CNF::DefaultEnabled "false";
@@ -288,11 +296,12 @@ Debug::NoLocking "true";
     Ok(text)
 }
 
-/// One line of `--print-uris`: `'URI' NAME_VERSION_ARCH.deb SIZE HASH`.
+/// One line of `--print-uris`: `'URI' NAME_VERSION_ARCH.deb SIZE SHA256:HASH`.
 fn parse_uri(line: &str) -> Option<Deb> {
     let mut words = line.strip_prefix('\'')?.split_whitespace().skip(1);
     let file = words.next()?;
     let size = words.next()?.parse().ok()?;
+    let sha256 = words.next()?.strip_prefix("SHA256:")?.to_owned();
     let mut parts = file.strip_suffix(".deb")?.split('_');
     let (name, version) = (parts.next()?, parts.next()?);
     Some(Deb {
@@ -300,7 +309,32 @@ fn parse_uri(line: &str) -> Option<Deb> {
         version: version.replace("%3a", ":"),
         file: file.to_owned(),
         size,
+        sha256,
     })
+}
+
+/// The packages whose files are absent or have another content than the signed lists say.
+fn wrong_files<'a>(debs: &'a [Deb], paths: &'a [PathBuf]) -> Result<Vec<(&'a Deb, &'a PathBuf)>> {
+    let output = Command::new("sha256sum")
+        .arg("--")
+        .args(paths.iter().filter(|path| path.is_file()))
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot start sha256sum: is coreutils installed?")?;
+    let sums = String::from_utf8_lossy(&output.stdout);
+    let sums: HashMap<_, _> = sums
+        .lines()
+        .filter_map(|line| line.split_once("  "))
+        .map(|(sum, path)| (path, sum))
+        .collect();
+    let right = |deb: &Deb, path: &Path| {
+        path.to_str()
+            .and_then(|path| sums.get(path))
+            .is_some_and(|sum| *sum == deb.sha256)
+    };
+    Ok(std::iter::zip(debs, paths)
+        .filter(|(deb, path)| !right(deb, path))
+        .collect())
 }
 
 /// The end of a program's standard error, for people.
@@ -320,7 +354,7 @@ mod tests {
     #[test]
     fn uris_name_package_version_and_size() {
         let line =
-            "'http://x/z.deb' zlib1g_1%3a1.3.dfsg+really1.3.1-1+b1_amd64.deb 88892 MD5Sum:32f2";
+            "'http://x/z.deb' zlib1g_1%3a1.3.dfsg+really1.3.1-1+b1_amd64.deb 88892 SHA256:32f2";
         let deb = parse_uri(line).unwrap();
         assert_eq!((deb.name.as_str(), deb.size), ("zlib1g", 88892));
         assert_eq!(deb.version, "1:1.3.dfsg+really1.3.1-1+b1");

@@ -82,7 +82,10 @@ impl Qemu {
     /// Extracts one into the cache.
     pub(crate) fn fetch(cache: &Cache, plan: &Plan, apt: &Apt) -> Result<Self> {
         let prefix = recipe(plan).build(cache, apt)?;
-        Self::extracted(cache, &prefix)
+        Self::extracted(cache, &prefix).inspect_err(|_| {
+            // The next run must not take it for a good one.
+            let _ = std::fs::remove_dir_all(prefix.root());
+        })
     }
 
     fn extracted(cache: &Cache, prefix: &Prefix) -> Result<Self> {

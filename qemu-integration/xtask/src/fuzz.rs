@@ -62,8 +62,8 @@ pub(crate) fn run(seconds: u32) -> Result<Option<String>> {
                 .args([
                     "-timeout=10",
                     "-rss_limit_mb=2048",
+                    "-use_value_profile=1",
                     "-print_final_stats=1",
-                    "-verbosity=1",
                 ]),
         )
         .with_context(|| {
