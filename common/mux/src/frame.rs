@@ -32,6 +32,8 @@ pub const IGNORABLE: u8 = 0x80;
 
 /// Frame types.
 pub mod kind {
+    /// Not a frame: what an end that restarted sends, to fill up a frame that its predecessor left unfinished.
+    pub const FILLER: u8 = 0x00;
     /// Opens a stream to a service: window u32, name.
     pub const OPEN: u8 = 0x01;
     /// Accepts a stream: window u32.

@@ -60,8 +60,8 @@ pub struct Hello {
 pub(crate) enum Parse {
     /// The start of one; it needs more bytes.
     Partial,
-    /// A whole one of this many bytes.
-    Whole(Hello, usize),
+    /// A whole one.
+    Whole(Hello),
     /// No handshake.
     Garbage,
 }
@@ -94,10 +94,9 @@ impl Hello {
         if bytes[..seen] != MAGIC[..seen] {
             return Parse::Garbage;
         }
-        let Some(rest) = bytes.get(REST_AT..BODY_AT) else {
+        let Some(len) = Self::claimed_len(bytes) else {
             return Parse::Partial;
         };
-        let len = BODY_AT + usize::from(u16::from_le_bytes([rest[0], rest[1]]));
         if !(BODY_AT + FIXED_BODY + CRC_LEN..=MAX_HELLO_LEN).contains(&len) {
             return Parse::Garbage;
         }
@@ -109,9 +108,15 @@ impl Hello {
             return Parse::Garbage;
         }
         match Self::fields(&checked[BODY_AT..]) {
-            Some(hello) => Parse::Whole(hello, len),
+            Some(hello) => Parse::Whole(hello),
             None => Parse::Garbage,
         }
+    }
+
+    /// How long the handshake at the front of `bytes` says it is.
+    pub(crate) fn claimed_len(bytes: &[u8]) -> Option<usize> {
+        let rest = bytes.get(REST_AT..BODY_AT)?;
+        Some(BODY_AT + usize::from(u16::from_le_bytes([rest[0], rest[1]])))
     }
 
     fn fields(body: &[u8]) -> Option<Self> {
@@ -197,7 +202,7 @@ mod tests {
         for cut in 0..bytes.len() {
             assert_eq!(Hello::parse(&bytes[..cut]), Parse::Partial, "{cut} bytes");
         }
-        assert_eq!(Hello::parse(&bytes), Parse::Whole(sample(), bytes.len()));
+        assert_eq!(Hello::parse(&bytes), Parse::Whole(sample()));
     }
 
     #[test]

@@ -3,10 +3,10 @@
 
 mod support;
 
-use support::{Bench, Sent, YOURS, address, frame, reason, word};
+use support::{Bench, EPOCH, PEER, Sent, YOURS, address, frame, hello, reason, word};
 use virtproxy_mux::frame::kind;
 use virtproxy_mux::session::MIN_WINDOW;
-use virtproxy_mux::{Config, Event, OpenError, Reason};
+use virtproxy_mux::{Config, End, Event, OpenError, Reason};
 
 /// More than the lines of a session with a handful of streams may ever hold.
 const BACKLOG: usize = 1024;
@@ -173,4 +173,84 @@ fn going_away_is_told_once() {
     assert!(matches!(bench.feed(&goaway)[..], [Event::GoingAway { .. }]));
     assert_eq!(bench.feed(&goaway), []);
     assert_eq!(bench.session.open("x"), Err(OpenError::GoingAway));
+}
+
+#[test]
+fn garbage_that_claims_to_be_a_handshake_hides_no_real_one() {
+    let mut bench = Bench::seeking(Config::default());
+    let mut bytes = hello(3, 0).encode();
+    bytes.truncate(8);
+    bytes.extend(400_u16.to_le_bytes());
+    bytes.extend([0xd6, b'V', 0xd6]);
+    bytes.extend(hello(PEER, EPOCH).encode());
+    let events = bench.feed(&bytes);
+    assert!(matches!(events[..], [Event::Established(_)]), "{events:?}");
+    assert_eq!(bench.session.stats().skipped, 13);
+}
+
+/// The frames with their HELLOs decoded to epoch and ack.
+fn acks(sent: &[Sent]) -> Vec<(u64, u64)> {
+    let word = |bytes: &[u8], at| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+    let hellos = sent.iter().filter_map(|sent| match sent {
+        Sent::Hello(bytes) => Some((word(bytes, 12), word(bytes, 20))),
+        _ => None,
+    });
+    hellos.collect()
+}
+
+#[test]
+fn an_answer_to_our_predecessor_makes_us_known() {
+    // It arrives before we could say anything, so our first HELLO answers it; if that counted for nothing, and the
+    // peer's own HELLO was lost before we came, both would wait for ever.
+    let mut bench = Bench::seeking(Config::default());
+    bench.feed(&hello(PEER, 99).encode());
+    let first = acks(&bench.sent());
+    assert_eq!(first[0], (EPOCH, PEER));
+    let mut peer = Bench::seeking(Config::default());
+    peer.sent();
+    peer.feed(&hello(7, 98).encode());
+    assert_eq!(
+        acks(&peer.sent())[0],
+        (EPOCH, 7),
+        "a foreign ack is answered"
+    );
+}
+
+#[test]
+fn a_frame_cut_short_by_a_restart_is_filled_up() {
+    let mut bench = Bench::new(Config::default());
+    bench.accepted(address(0, 0), 1 << 20);
+    let cut = frame(kind::DATA, address(0, 0), &[1; 60_000]);
+    bench.feed(&cut[..30_000]);
+    // The peer is dead; the next one says hello into the middle of the frame.
+    let mut next = Bench::seeking(Config::default());
+    next.session = virtproxy_mux::Session::new(Config::default(), 4711);
+    for sent in next.sent() {
+        bench.feed(&sent.bytes());
+    }
+    assert!(bench.session.is_established(), "nobody noticed");
+    bench.session.ping();
+    let pings = bench.sent();
+    assert!(
+        matches!(pings[..], [Sent::Frame(kind::PING, ..)]),
+        "{pings:?}"
+    );
+    bench.session.ping();
+    let question = bench.sent();
+    assert_eq!(acks(&question), [(EPOCH, PEER)]);
+    next.feed(&question[0].bytes());
+    let answer: Vec<u8> = next.sent().iter().flat_map(Sent::bytes).collect();
+    let events = bench.feed(&answer);
+    assert_eq!(events, [Event::Ended(End::PeerRestarted)]);
+}
+
+#[test]
+fn repeating_our_handshake_disturbs_no_living_peer() {
+    let mut bench = Bench::new(Config::default());
+    assert_eq!(bench.feed(&hello(PEER, EPOCH).encode()), []);
+    assert!(bench.session.is_established());
+    bench.session.ping();
+    bench.sent();
+    bench.session.ping();
+    assert_eq!(bench.sent(), [], "between frames there is nothing to ask");
 }

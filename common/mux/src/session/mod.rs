@@ -228,6 +228,8 @@ enum Expect {
 struct Owed {
     /// A HELLO with this `ack`.
     hello: Option<u64>,
+    /// So many zero bytes behind it, and then the HELLO again.
+    filler: usize,
     pong: Option<u64>,
     ping: bool,
     goaway: Option<(Reason, Box<str>)>,
@@ -438,10 +440,16 @@ impl Session {
         self.return_credit(now, id, n);
     }
 
-    /// Measures the round trip, unless a measurement is under way; [`Event::RoundTrip`] follows.
+    /// Measures the round trip; [`Event::RoundTrip`] follows.
+    ///
+    /// Asked again while the answer is outstanding and a frame has not arrived whole, it repeats our HELLO: that means
+    /// nothing to the peer of this session, but makes one that restarted in mid-frame show itself (`PROTOCOL.md`, "Cut
+    /// frames"). So a driver calls this now and then as long as the peer is silent.
     pub fn ping(&mut self) {
-        if self.is_established() && self.ping_sent.is_none() {
-            self.owed.ping = true;
+        if self.ping_sent.is_none() {
+            self.owed.ping |= self.is_established();
+        } else if self.expect != Expect::Frame || !self.partial.is_empty() {
+            self.owed.hello = self.peer().map(|peer| peer.epoch);
         }
     }
 
@@ -463,6 +471,7 @@ impl Session {
     pub fn owes_control(&self) -> bool {
         let owed = &self.owed;
         owed.hello.is_some()
+            || owed.filler > 0
             || owed.pong.is_some()
             || owed.ping
             || owed.goaway.is_some()

@@ -4,8 +4,8 @@ use alloc::string::String;
 
 use super::{Event, Expect, Payload, Session, State, Time, end_receiving};
 use crate::frame::{
-    HEADER_LEN, Header, MAX_CONTROL_FRAME, MAX_CONTROL_PAYLOAD, MAX_SERVICE_LEN, MAX_TEXT_LEN,
-    kind, split_u16, split_u32, valid_service_name,
+    HEADER_LEN, Header, MAX_CONTROL_FRAME, MAX_CONTROL_PAYLOAD, MAX_PAYLOAD, MAX_SERVICE_LEN,
+    MAX_TEXT_LEN, kind, split_u16, split_u32, valid_service_name,
 };
 use crate::hello::{Hello, MAGIC, Parse, printable};
 use crate::reason::{End, Reason, Violation};
@@ -76,27 +76,30 @@ impl Session {
             }
         }
         self.partial.push(bytes[0]);
-        loop {
-            match Hello::parse(&self.partial) {
-                Parse::Partial => return 1,
-                Parse::Whole(hello, _) => {
+        let end = self.partial.len();
+        let mut keep = end;
+        // Garbage may look like the start of a handshake and claim a length that never comes, so a whole one is
+        // looked for inside it too.
+        for start in 0..end {
+            let candidate = &self.partial[start..];
+            let ended = || Hello::claimed_len(candidate).is_some_and(|len| start + len < end);
+            if candidate[0] != MAGIC[0] || ended() {
+                continue;
+            }
+            match Hello::parse(candidate) {
+                Parse::Whole(hello) => {
+                    self.stats.skipped += start as u64;
                     self.partial.clear();
                     self.greet(hello);
                     return 1;
                 }
-                Parse::Garbage => {
-                    let next = self.partial[1..]
-                        .iter()
-                        .position(|byte| *byte == MAGIC[0])
-                        .map_or(self.partial.len(), |at| at + 1);
-                    self.stats.skipped += next as u64;
-                    self.partial.drain(..next);
-                    if self.partial.is_empty() {
-                        return 1;
-                    }
-                }
+                Parse::Partial => keep = keep.min(start),
+                Parse::Garbage => {}
             }
         }
+        self.stats.skipped += keep as u64;
+        self.partial.drain(..keep);
+        1
     }
 
     /// Completes a header or a control frame; returns the bytes used.
@@ -162,6 +165,10 @@ impl Session {
             return Ok(());
         };
         let header = Header::decode(*head);
+        if header.kind == kind::FILLER {
+            self.end(End::PeerRestarted);
+            return Ok(());
+        }
         header.check()?;
         match header.kind {
             kind::DATA => self.data(header),
@@ -170,6 +177,10 @@ impl Session {
                 debug_assert!(header.len as usize <= MAX_CONTROL_PAYLOAD);
                 Ok(())
             }
+            kind if header.len > self.config.max_frame => Err(Violation::BadLength {
+                kind,
+                len: header.len,
+            }),
             _ignorable => {
                 if header.len > 0 {
                     self.expect = Expect::Skip(header.len as usize);
@@ -246,7 +257,7 @@ impl Session {
     fn frame(&mut self, now: Time) -> Result<(), Violation> {
         if self.partial[0] == kind::HELLO {
             match Hello::parse(&self.partial) {
-                Parse::Whole(hello, _) => self.greet(hello),
+                Parse::Whole(hello) => self.greet(hello),
                 Parse::Partial => {}
                 Parse::Garbage => return Err(Violation::BadHello),
             }
@@ -440,9 +451,6 @@ impl Session {
             }
             return;
         }
-        if hello.ack != 0 && !for_us {
-            return; // an answer to somebody before us
-        }
         let (min, max) = self.config.versions;
         let compatible = hello.common_version(min, max).is_some();
         let new = self
@@ -451,6 +459,10 @@ impl Session {
             .is_none_or(|peer| peer.epoch != hello.epoch);
         if new {
             self.owed.hello = Some(hello.epoch);
+            if hello.ack != 0 && !for_us {
+                // It takes us for whoever was here before, and may wait for the rest of a frame of theirs.
+                self.owed.filler = hello.max_frame.min(MAX_PAYLOAD) as usize;
+            }
         }
         self.peer = Some(hello.clone());
         if !compatible {
@@ -459,6 +471,7 @@ impl Session {
             }
         } else if for_us {
             self.state = State::Established;
+            self.owed.filler = 0;
             self.send =
                 crate::credit::Credit::new(hello.session_window.min(1 << 30)).unwrap_or_default();
             self.owed.ping = true;

@@ -75,6 +75,15 @@ impl Session {
             buf[..hello.len()].copy_from_slice(&hello);
             return Some(hello.len());
         }
+        if self.owed.filler > 0 {
+            let len = self.owed.filler.min(buf.len());
+            buf[..len].fill(0);
+            self.owed.filler -= len;
+            if self.owed.filler == 0 {
+                self.owed.hello = self.peer.as_ref().map(|peer| peer.epoch);
+            }
+            return Some(len);
+        }
         if let Some(token) = self.owed.pong.take() {
             return Some(token_frame(buf, kind::PONG, token));
         }

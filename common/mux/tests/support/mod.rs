@@ -123,6 +123,14 @@ impl Bench {
 }
 
 impl Sent {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        match self {
+            Sent::Hello(bytes) => bytes.clone(),
+            Sent::Filler(len) => vec![0; *len],
+            Sent::Frame(kind, stream, payload) => frame(*kind, *stream, payload),
+        }
+    }
+
     fn new(bytes: &[u8]) -> Self {
         if bytes[0] == kind::HELLO {
             return Sent::Hello(bytes.to_vec());
