@@ -242,6 +242,8 @@ pub struct Session {
     state: State,
     /// The peer's HELLO; the last one seen while seeking, then the established one.
     peer: Option<Hello>,
+    /// The epoch our last HELLO acknowledges, or will.
+    answered: u64,
     /// We told the peer, or it told us, that no new streams are taken.
     going_away: bool,
     peer_going_away: bool,
@@ -287,6 +289,7 @@ impl Session {
             epoch: epoch.max(1),
             state: State::Seeking,
             peer: None,
+            answered: 0,
             going_away: false,
             peer_going_away: false,
             expect: Expect::Frame,

@@ -457,12 +457,17 @@ impl Session {
             .peer
             .as_ref()
             .is_none_or(|peer| peer.epoch != hello.epoch);
-        if new {
-            self.owed.hello = Some(hello.epoch);
-            if hello.ack != 0 && !for_us {
-                // It takes us for whoever was here before, and may wait for the rest of a frame of theirs.
-                self.owed.filler = hello.max_frame.min(MAX_PAYLOAD) as usize;
+        if hello.ack == 0 || for_us {
+            if self.answered != hello.epoch {
+                self.answered = hello.epoch;
+                self.owed.hello = Some(hello.epoch);
             }
+            self.owed.filler = 0;
+        } else if new {
+            // It takes us for whoever was here before, and may wait for the rest of a frame of theirs. Nothing is
+            // acknowledged yet, so that no session can start before the filler ends.
+            self.owed.hello = Some(0);
+            self.owed.filler = hello.max_frame.min(MAX_PAYLOAD) as usize;
         }
         self.peer = Some(hello.clone());
         if !compatible {
@@ -471,7 +476,6 @@ impl Session {
             }
         } else if for_us {
             self.state = State::Established;
-            self.owed.filler = 0;
             self.send =
                 crate::credit::Credit::new(hello.session_window.min(1 << 30)).unwrap_or_default();
             self.owed.ping = true;
