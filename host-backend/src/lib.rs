@@ -1,1 +1,3 @@
-//! (under construction)
+//! The host end of virtproxy: the vhost-user virtio-console device that QEMU attaches.
+
+pub mod device;

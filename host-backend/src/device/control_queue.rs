@@ -1,0 +1,215 @@
+//! Carries the control messages between the [`Machine`] and its two rings, and their effects to the ports.
+//!
+//! The guest's driver spins in its kernel until a message is given back, so this runs on a thread of its own that
+//! never waits for more than the transaction a link may be in. A message is given back after its effect.
+
+use tracing::{info, warn};
+use vhost_user_backend::{VringState, VringT};
+use virtio_queue::QueueT;
+use virtproxy_engine::segment::Cursor;
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+
+use super::Shared;
+use super::control::{Effect, MESSAGE_LEN, Machine, Misuse};
+use super::port::{Cell, Rings};
+use super::quiet::Quiet;
+use super::ring::{self, Batch, Direction, Fault, Limits};
+use super::vring::{Memory, is_running};
+
+/// Messages handled at once, each way; then others have their turn.
+const MAX_MESSAGES: usize = 256;
+
+/// One chain holds one message.
+const ONE: Limits = Limits {
+    chains: 1,
+    bytes: usize::MAX,
+};
+
+/// The control queues with one frontend, and what their driver was told.
+pub(super) struct Control {
+    machine: Machine,
+    rings: Option<Rings>,
+    heard: bool,
+    quiet: Quiet,
+}
+
+impl Control {
+    pub(super) fn new(machine: Machine) -> Self {
+        Control {
+            machine,
+            rings: None,
+            heard: false,
+            quiet: Quiet::default(),
+        }
+    }
+
+    /// A frontend is connected, and these are its rings.
+    pub(super) fn attach(&mut self, rings: Option<Rings>) {
+        self.rings = rings;
+    }
+
+    /// The frontend is gone.
+    pub(super) fn detach(&mut self) {
+        self.machine.reset();
+        self.rings = None;
+        self.heard = false;
+    }
+
+    /// Whether the frontend has set the queues up at all.
+    pub(super) fn configured(&self) -> bool {
+        self.rings
+            .as_ref()
+            .is_some_and(|rings| rings.from_guest.configured())
+    }
+
+    /// Whether the driver has said anything.
+    pub(super) fn heard(&self) -> bool {
+        self.heard
+    }
+
+    /// Takes what the guest said, tells it what it is owed. Whether there is more to do at once.
+    pub(super) fn serve(&mut self, ports: &[Cell]) -> bool {
+        let Some(rings) = &self.rings else {
+            return false;
+        };
+        let memory = rings.memory.memory();
+        let mut more = false;
+        {
+            let mut ring = rings.from_guest.get_mut();
+            if is_running(&ring) {
+                let mut listener = Listener {
+                    machine: &mut self.machine,
+                    quiet: &self.quiet,
+                    heard: &mut self.heard,
+                    ports,
+                };
+                more |= listener
+                    .listen(&mut ring, &memory)
+                    .unwrap_or_else(|fault| complain(&self.quiet, &fault));
+            }
+        }
+        for (index, port) in ports.iter().enumerate() {
+            self.machine.set_host_open(index, port.host_open());
+        }
+        let mut ring = rings.to_guest.get_mut();
+        if is_running(&ring) {
+            more |= tell(&mut self.machine, &self.quiet, &mut ring, &memory)
+                .unwrap_or_else(|fault| complain(&self.quiet, &fault));
+        }
+        more
+    }
+}
+
+struct Listener<'c> {
+    machine: &'c mut Machine,
+    quiet: &'c Quiet,
+    heard: &'c mut bool,
+    ports: &'c [Cell],
+}
+
+impl Listener<'_> {
+    fn listen(
+        &mut self,
+        ring: &mut VringState<Memory>,
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, Fault> {
+        let queue = ring.get_queue_mut();
+        let since = queue.next_used();
+        queue.disable_notification(memory)?;
+        for _ in 0..MAX_MESSAGES {
+            let before = queue.next_avail();
+            let mut batch = Batch::default();
+            let report = |fault| {
+                complain(self.quiet, &fault);
+            };
+            batch.fill(queue, memory, Direction::FromGuest, ONE, report)?;
+            if queue.next_avail() == before {
+                break;
+            }
+            if !batch.chains.is_empty() {
+                let mut bytes = [0; MESSAGE_LEN];
+                let len = Cursor::new(&batch.segments).read(&mut bytes);
+                self.handle(&bytes[..len]);
+                batch.give_back_read(queue, memory)?;
+            }
+        }
+        ring::notify(ring, memory, since)?;
+        Ok(ring.get_queue_mut().enable_notification(memory)?)
+    }
+
+    fn handle(&mut self, message: &[u8]) {
+        *self.heard = true;
+        match self.machine.handle(message) {
+            Ok(None) => {}
+            Ok(Some(Effect::Started)) => {
+                info!("guest driver started");
+                self.ports.iter().for_each(Cell::restart);
+            }
+            Ok(Some(Effect::Opened(port))) => self.ports[port].guest_opened(),
+            Ok(Some(Effect::Closed(port))) => self.ports[port].guest_closed(),
+            Err(misuse) => self.refuse(misuse),
+        }
+    }
+
+    fn refuse(&self, misuse: Misuse) {
+        if let Some(held_back) = self.quiet.permit() {
+            warn!(held_back, "ignored: {misuse}");
+        }
+    }
+}
+
+/// Puts the messages that are owed in the buffers there are.
+fn tell(
+    machine: &mut Machine,
+    quiet: &Quiet,
+    ring: &mut VringState<Memory>,
+    memory: &GuestMemoryMmap,
+) -> Result<bool, Fault> {
+    let queue = ring.get_queue_mut();
+    let since = queue.next_used();
+    let mut message = Vec::new();
+    let mut more = false;
+    for _ in 0..MAX_MESSAGES {
+        more = machine.next_message(&mut message);
+        if !more {
+            break;
+        }
+        let before = queue.next_avail();
+        let mut batch = Batch::default();
+        let report = |fault| {
+            complain(quiet, &fault);
+        };
+        batch.fill(queue, memory, Direction::ToGuest, ONE, report)?;
+        if queue.next_avail() == before {
+            more = queue.enable_notification(memory)?;
+            if !more {
+                break;
+            }
+        } else if batch.len() >= message.len() {
+            Cursor::new(&batch.segments).write(&message);
+            batch.give_back_written(queue, memory, message.len())?;
+            machine.message_sent();
+        } else if !batch.chains.is_empty() {
+            complain(quiet, &Fault::Empty);
+            batch.give_back_read(queue, memory)?;
+        }
+    }
+    ring::notify(ring, memory, since)?;
+    Ok(more)
+}
+
+fn complain(quiet: &Quiet, fault: &Fault) -> bool {
+    if let Some(held_back) = quiet.permit() {
+        warn!(held_back, "guest misuses a control ring: {fault}");
+    }
+    false
+}
+
+impl Shared {
+    /// The control thread's work: something came, or something changed.
+    pub(super) fn serve_control(&self) {
+        if self.control().serve(&self.ports) {
+            self.poke();
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! A port of the device: a [`Channel`] whose links run straight over the guest's memory.
+//!
+//! # Theory of operation
+//!
+//! A [`Port`] and its links belong to the engine's thread; the [`Cell`] behind them is shared with the device's
+//! own threads (see [`super`] for who they are and for the order of locks). One lock guards all there is to a
+//! port, and a link holds it for the length of one transaction, which is bounded. So the control thread, once it
+//! has the lock, sees no half-used chain, and the boundary it notes when the guest closes the port is exact.
+//!
+//! When a link ends:
+//!
+//! * *the guest closed the port*: the link still receives what the guest wrote before, then gets
+//!   `UnexpectedEof`; from the close on nothing is put in the ring to the guest, whose driver throws away what it
+//!   finds there;
+//! * *the engine drops the link first*: our side of the port closes (PORT_OPEN(0), a hang-up for the agent) until
+//!   the guest has closed its side; what it writes until then is discarded, so that it never blocks;
+//! * *the driver starts anew, or QEMU ends*: at once, the ring is no more.
+//!
+//! GET_VRING_BASE alone (the VM is paused) ends nothing: the link finds its rings stopped and waits.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+
+use tracing::{info, warn};
+use vhost_user_backend::VringT;
+use virtio_queue::QueueT;
+use virtproxy_engine::channel::{BoxFuture, Channel, Link, Progress, Sink, Source};
+use vm_memory::GuestAddressSpace;
+
+use super::quiet::Quiet;
+use super::ring::{self, Batch, Direction, Fault};
+use super::sessions::{Sessions, Standing, chains_left};
+use super::signal::Signal;
+use super::vring::{Memory, Vring, is_running};
+use super::{Shared, from_guest, to_guest};
+
+/// What the engine and the device's threads share of a port.
+pub(super) struct Cell {
+    name: String,
+    state: Mutex<State>,
+    /// Mirrors `State::sessions`, so that a kick need not wait for a transaction to end.
+    discarding: AtomicBool,
+    /// There may be something to receive, room to send, or the link has ended.
+    pub(super) link: Signal,
+    /// There may be a session to claim.
+    opened: Signal,
+    quiet: Quiet,
+}
+
+struct State {
+    rings: Option<Rings>,
+    sessions: Sessions,
+    /// Where the ring from the guest stopped. Boundaries hold only if it goes on from there.
+    stopped_at: Option<u16>,
+    /// The engine still has its [`Port`].
+    served: bool,
+}
+
+/// The port's two virtqueues, for as long as one frontend is connected.
+pub(super) struct Rings {
+    pub(super) memory: Memory,
+    pub(super) to_guest: Vring,
+    pub(super) from_guest: Vring,
+}
+
+impl Cell {
+    pub(super) fn new(name: &str) -> Self {
+        Cell {
+            name: name.to_owned(),
+            state: Mutex::new(State {
+                rings: None,
+                sessions: Sessions::default(),
+                stopped_at: None,
+                served: true,
+            }),
+            discarding: AtomicBool::new(false),
+            link: Signal::default(),
+            opened: Signal::default(),
+            quiet: Quiet::default(),
+        }
+    }
+
+    /// A frontend is connected, and these are the rings.
+    pub(super) fn attach(&self, rings: Rings) {
+        self.change(|state| state.rings = Some(rings));
+    }
+
+    /// The frontend is gone.
+    pub(super) fn detach(&self) {
+        self.change(|state| {
+            state.rings = None;
+            state.restart();
+        });
+    }
+
+    /// The driver starts anew.
+    pub(super) fn restart(&self) {
+        self.change(State::restart);
+    }
+
+    /// The guest opened the port.
+    pub(super) fn guest_opened(&self) {
+        info!(port = self.name, "guest opened the port");
+        self.change(|state| {
+            state.close();
+            state.sessions.open();
+        });
+    }
+
+    /// The guest closed the port. On return nothing more goes into the ring to it.
+    pub(super) fn guest_closed(&self) {
+        info!(port = self.name, "guest closed the port");
+        self.change(State::close);
+    }
+
+    /// The frontend stops one of the rings; it may start it again where it is.
+    pub(super) fn ring_stopped(&self, direction: Direction) {
+        if direction == Direction::FromGuest {
+            let mut state = self.lock();
+            state.stopped_at = state
+                .rings
+                .as_ref()
+                .map(|rings| rings.from_guest.queue_next_avail());
+        }
+    }
+
+    /// Whether our side of the port is to look open to the guest.
+    pub(super) fn host_open(&self) -> bool {
+        let state = self.lock();
+        state.served && !state.sessions.is_hung_up()
+    }
+
+    /// The ring from the guest got chains, or sessions changed: discards what is nobody's. Bounded by what the
+    /// guest makes available meanwhile, so it is for a thread that has nothing better to do.
+    pub(super) fn discard(&self) {
+        while self.discarding.load(Ordering::Acquire) {
+            let mut more = false;
+            self.change(|state| more = self.discard_once(state));
+            if !more {
+                break;
+            }
+        }
+    }
+
+    /// Whether the frontend has set up the ring from the guest at all.
+    pub(super) fn configured(&self) -> bool {
+        let state = self.lock();
+        state
+            .rings
+            .as_ref()
+            .is_some_and(|rings| rings.from_guest.configured())
+    }
+
+    /// Reports what the guest's driver did wrong, not too often.
+    pub(super) fn report(&self, direction: Direction, fault: &Fault) {
+        if let Some(held_back) = self.quiet.permit() {
+            warn!(
+                port = self.name,
+                ?direction,
+                held_back,
+                "guest misuses its ring: {fault}"
+            );
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the state and tells everybody whom it may concern.
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.lock();
+        change(&mut state);
+        let abandoned = state.sessions.abandoned().is_some();
+        self.discarding.store(abandoned, Ordering::Release);
+        drop(state);
+        self.link.set();
+        self.opened.set();
+    }
+
+    /// One bounded pass; whether another one should follow.
+    fn discard_once(&self, state: &mut State) -> bool {
+        state.check_restart();
+        let (Some(standing), Some(rings)) = (state.sessions.abandoned(), &state.rings) else {
+            return false;
+        };
+        let memory = rings.memory.memory();
+        let mut ring = rings.from_guest.get_mut();
+        if !is_running(&ring) {
+            return false;
+        }
+        let queue = ring.get_queue_mut();
+        let since = queue.next_used();
+        let max = match standing {
+            Standing::Closed { end } => chains_left(queue.next_avail(), end, queue.size()),
+            _ => queue.size(),
+        };
+        let result = ring::discard(queue, &memory, usize::from(max))
+            .and_then(|_| ring::notify(&mut ring, &memory, since))
+            .and_then(|()| Ok(ring.enable_notification()?));
+        let closed = standing != Standing::Open;
+        drop(ring);
+        if closed {
+            // Should the ring be unusable, there is nothing to wait for either.
+            state.sessions.forget_abandoned();
+        }
+        match result {
+            Ok(more) => more || closed,
+            Err(fault) => {
+                self.report(Direction::FromGuest, &fault);
+                closed
+            }
+        }
+    }
+}
+
+impl State {
+    fn restart(&mut self) {
+        self.sessions.clear();
+        self.stopped_at = None;
+    }
+
+    fn close(&mut self) {
+        self.check_restart();
+        if let Some(rings) = &self.rings {
+            let (ring, memory) = (rings.from_guest.get_ref(), rings.memory.memory());
+            let queue = ring.get_queue();
+            let end = ring::available_to(queue, &memory);
+            self.sessions.close(end, queue.next_avail());
+        }
+    }
+
+    /// Positions in a ring mean nothing once it was stopped and starts elsewhere: the driver has set it up anew.
+    fn check_restart(&mut self) {
+        let (Some(rings), Some(stopped_at)) = (&self.rings, self.stopped_at) else {
+            return;
+        };
+        let (running, next) = {
+            let ring = rings.from_guest.get_ref();
+            (ring.get_queue().ready(), ring.get_queue().next_avail())
+        };
+        if running {
+            self.stopped_at = None;
+            if next != stopped_at {
+                self.sessions.clear();
+            }
+        }
+    }
+}
+
+/// The engine's end of a port. See the [module](super).
+pub struct Port {
+    shared: Arc<Shared>,
+    index: usize,
+    name: String,
+}
+
+impl Port {
+    pub(super) fn new(shared: &Arc<Shared>, index: usize, name: String) -> Self {
+        Port {
+            shared: shared.clone(),
+            index,
+            name,
+        }
+    }
+
+    fn cell(&self) -> &Cell {
+        &self.shared.ports[self.index]
+    }
+}
+
+impl Channel for Port {
+    fn open(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Link>>> {
+        Box::pin(std::future::poll_fn(|cx| {
+            loop {
+                let claimed = self.cell().lock().sessions.claim();
+                if let Some(generation) = claimed {
+                    let link = PortLink {
+                        shared: self.shared.clone(),
+                        index: self.index,
+                        generation,
+                        batch: Batch::default(),
+                        appetite: to_guest::FEWEST,
+                    };
+                    self.cell().link.set();
+                    return Poll::Ready(Ok(Box::new(link) as Box<dyn Link>));
+                }
+                if self.cell().opened.poll(cx).is_pending() {
+                    return Poll::Pending;
+                }
+            }
+        }))
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        self.cell().change(|state| state.served = false);
+        self.shared.poke();
+    }
+}
+
+/// One opening of the port by the guest.
+struct PortLink {
+    shared: Arc<Shared>,
+    index: usize,
+    generation: u64,
+    /// Only its buffers matter from call to call.
+    batch: Batch<'static>,
+    /// How many buffers to offer next time.
+    appetite: usize,
+}
+
+impl Link for PortLink {
+    fn receive(&mut self, sink: &mut Sink<'_>) -> io::Result<Progress> {
+        let cell = &self.shared.ports[self.index];
+        let mut state = cell.lock();
+        state.check_restart();
+        let standing = state.sessions.standing(self.generation);
+        let Some(rings) = state.rings.as_ref().filter(|_| standing != Standing::Over) else {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        };
+        from_guest::receive(cell, rings, standing, &mut self.batch, sink)
+    }
+
+    fn send(&mut self, source: &mut Source<'_>) -> io::Result<Progress> {
+        let cell = &self.shared.ports[self.index];
+        let mut state = cell.lock();
+        state.check_restart();
+        match (state.sessions.standing(self.generation), &state.rings) {
+            (Standing::Open, Some(rings)) => {
+                to_guest::send(cell, rings, &mut self.appetite, &mut self.batch, source)
+            }
+            // The end of what the guest wrote is yet to be received.
+            (Standing::Closed { .. }, Some(_)) => Ok(Progress::Wait),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.shared.ports[self.index].link.poll(cx)
+    }
+}
+
+impl Drop for PortLink {
+    fn drop(&mut self) {
+        let cell = &self.shared.ports[self.index];
+        cell.change(|state| state.sessions.release(self.generation));
+        self.shared.poke();
+    }
+}

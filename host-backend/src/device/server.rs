@@ -1,0 +1,211 @@
+//! Serves one QEMU after the other on one socket.
+
+use std::fmt;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use thiserror::Error;
+use tracing::{error, info, warn};
+use vhost::vhost_user::{self, Listener};
+use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserDaemon};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::backend::Backend;
+use super::socket::{self, SocketFile};
+use super::vring::Memory;
+use super::{Shared, StartError};
+
+/// How long to wait after a connection could not be served, in milliseconds: what there was too little of (file
+/// descriptors, threads) may come back.
+const PAUSE_MS: i32 = 500;
+
+/// The thread that serves the socket. Dropping it ends the thread and removes the socket.
+#[derive(Debug)]
+pub(super) struct Server {
+    stop: Arc<Stop>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    pub(super) fn start(path: &Path, shared: Arc<Shared>) -> Result<Self, StartError> {
+        let (listener, file) = socket::listen(path)?;
+        let stop = Arc::new(Stop {
+            wanted: AtomicBool::new(false),
+            wake: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            connection: Mutex::new(None),
+        });
+        let service = Service {
+            path: path.to_owned(),
+            _file: file,
+            listener: listener.into(),
+            shared,
+            stop: stop.clone(),
+        };
+        let thread = thread::Builder::new()
+            .name("vhost-user".to_owned())
+            .spawn(move || service.run())?;
+        Ok(Server {
+            stop,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Ends the server's thread wherever it waits.
+struct Stop {
+    wanted: AtomicBool,
+    wake: EventFd,
+    connection: Mutex<Option<ShutdownHandle>>,
+}
+
+impl Stop {
+    fn stop(&self) {
+        self.wanted.store(true, Ordering::SeqCst);
+        let _ = self.wake.write(1);
+        if let Some(connection) = &*self.connection() {
+            connection.shutdown();
+        }
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::SeqCst)
+    }
+
+    /// From now on this is what is to be ended.
+    fn connected(&self, connection: Option<ShutdownHandle>) {
+        *self.connection() = connection;
+        if self.is_wanted() {
+            self.stop();
+        }
+    }
+
+    fn connection(&self) -> MutexGuard<'_, Option<ShutdownHandle>> {
+        self.connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Stop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stop")
+            .field("wanted", &self.wanted)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a connection was not served.
+#[derive(Debug, Error)]
+enum ServeError {
+    #[error(transparent)]
+    System(#[from] io::Error),
+    #[error(transparent)]
+    Daemon(DaemonErrorText),
+}
+
+/// [`DaemonError`] is no [`std::error::Error`].
+#[derive(Debug, Error)]
+#[error("{0}")]
+struct DaemonErrorText(DaemonError);
+
+impl From<DaemonError> for ServeError {
+    fn from(error: DaemonError) -> Self {
+        ServeError::Daemon(DaemonErrorText(error))
+    }
+}
+
+struct Service {
+    path: PathBuf,
+    _file: SocketFile,
+    listener: Listener,
+    shared: Arc<Shared>,
+    stop: Arc<Stop>,
+}
+
+impl Service {
+    fn run(mut self) {
+        info!("waiting for QEMU on {}", self.path.display());
+        if let Err(error) = self.serve() {
+            error!(
+                "no QEMU can connect to {} any more: {error}",
+                self.path.display()
+            );
+        }
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        let stopped = Epoll::new()?;
+        watch(&stopped, &self.stop.wake)?;
+        let wanted = Epoll::new()?;
+        watch(&wanted, &self.stop.wake)?;
+        watch(&wanted, &self.listener)?;
+        loop {
+            wait(&wanted, -1)?;
+            if self.stop.is_wanted() {
+                return Ok(());
+            }
+            let served = self.serve_one();
+            self.shared.detach();
+            if let Err(error) = served {
+                warn!("cannot serve QEMU on {}: {error}", self.path.display());
+                wait(&stopped, PAUSE_MS)?;
+            }
+        }
+    }
+
+    /// Serves the connection that waits to be accepted, until it ends.
+    fn serve_one(&mut self) -> Result<(), ServeError> {
+        let memory = Memory::new(GuestMemoryMmap::new());
+        let (backend, attached) = Backend::new(self.shared.clone(), memory.clone())?;
+        let backend = Arc::new(backend);
+        // The worker threads start here, and end when the daemon is dropped.
+        let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), backend.clone(), memory)?;
+        backend.register(&daemon, &attached)?;
+        daemon.start(&mut self.listener)?;
+        self.stop.connected(daemon.shutdown_handle());
+        info!("QEMU connected to {}", self.path.display());
+
+        let ended = daemon.wait();
+        self.stop.connected(None);
+        match ended {
+            _ if self.stop.is_wanted() => info!("disconnected from QEMU"),
+            Ok(()) => info!("QEMU is gone: it closed the connection"),
+            Err(DaemonError::HandleRequest(
+                vhost_user::Error::Disconnected | vhost_user::Error::PartialMessage,
+            )) => info!("QEMU is gone: it closed the connection"),
+            Err(error) => warn!("connection to QEMU ended: {error}"),
+        }
+        Ok(())
+    }
+}
+
+fn watch(epoll: &Epoll, fd: &impl AsRawFd) -> io::Result<()> {
+    epoll.ctl(
+        ControlOperation::Add,
+        fd.as_raw_fd(),
+        EpollEvent::new(EventSet::IN, 0),
+    )
+}
+
+/// Waits until one of the fds is readable, or for `timeout` milliseconds.
+fn wait(epoll: &Epoll, timeout: i32) -> io::Result<()> {
+    match epoll.wait(timeout, &mut [EpollEvent::default()]) {
+        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+        _ => Ok(()),
+    }
+}
