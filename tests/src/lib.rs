@@ -1,1 +1,6 @@
-//! (under construction)
+//! What the tests with real guests share: a guest with its agent and its daemon ([`scene`]), a service to talk to at
+//! either end ([`peer`]), and what to measure ([`measure`]).
+
+pub mod measure;
+pub mod peer;
+pub mod scene;

@@ -1,0 +1,82 @@
+//! The test service, for the guest.
+//!
+//! * `peer serve ADDRESS`: serves, see `virtproxy_tests::peer`.
+//! * `peer download|upload|echo ADDRESS BYTES SEED`: a checked transfer.
+//! * `peer stall ADDRESS SECONDS`: asks for a flood and reads nothing.
+//! * `peer full ADDRESS`: listens and accepts nobody, with a queue that is full: connecting to it hangs.
+//! * `peer other-version PORT-DEVICE`: opens the port and greets with protocol version 9 only.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use virtproxy_mux::Hello;
+use virtproxy_tests::peer;
+
+fn main() -> Result<()> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match words[..] {
+        ["serve", address] => {
+            peer::serve(&TcpListener::bind(address)?);
+            Ok(())
+        }
+        ["download", address, n, seed] => peer::download(address, n.parse()?, seed.parse()?),
+        ["upload", address, n, seed] => peer::upload(address, n.parse()?, seed.parse()?),
+        ["echo", address, n, seed] => peer::echo(address, n.parse()?, seed.parse()?),
+        ["stall", address, seconds] => {
+            let _stream = peer::request(address, "FLOOD 1")?;
+            std::thread::sleep(Duration::from_secs(seconds.parse()?));
+            Ok(())
+        }
+        ["full", address] => full(address),
+        ["other-version", device] => other_version(device),
+        _ => bail!("usage: peer serve|download|upload|echo|stall|full|other-version ..."),
+    }
+}
+
+/// A listener whose queue stays full.
+fn full(address: &str) -> Result<()> {
+    let listener = TcpListener::bind(address)?;
+    // SAFETY: `listen` on a descriptor that is open; it only makes the queue shorter.
+    if unsafe { libc::listen(listener.as_raw_fd(), 0) } != 0 {
+        return Err(std::io::Error::last_os_error()).context("listen");
+    }
+    let target = listener.local_addr()?;
+    let mut queued = Vec::new();
+    while let Ok(stream) = TcpStream::connect_timeout(&target, Duration::from_millis(300)) {
+        queued.push(stream);
+    }
+    println!("full after {}", queued.len());
+    loop {
+        std::thread::park();
+    }
+}
+
+fn other_version(device: &str) -> Result<()> {
+    let mut port = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(device)?;
+    let hello = Hello {
+        min_version: 9,
+        max_version: 9,
+        epoch: 99,
+        ack: 0,
+        features: 0,
+        max_frame: 65536,
+        session_window: 65536,
+        max_streams: 1,
+        product: "from-the-future 9.0".into(),
+    };
+    let mut sent = false;
+    loop {
+        sent = sent || port.write_all(&hello.encode()).is_ok();
+        let _ = port.read(&mut [0; 4096]);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}

@@ -1,0 +1,92 @@
+//! Figures: latencies and what processes use.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+/// Latencies of many calls.
+pub struct Latencies(Vec<Duration>);
+
+impl Latencies {
+    /// Times `call` until `done` says so; it is asked before each call, with the number of calls made.
+    pub fn of(
+        mut done: impl FnMut(usize) -> bool,
+        mut call: impl FnMut() -> Result<()>,
+    ) -> Result<Self> {
+        let mut all = Vec::new();
+        while !done(all.len()) {
+            let start = Instant::now();
+            call()?;
+            all.push(start.elapsed());
+        }
+        all.sort();
+        Ok(Latencies(all))
+    }
+
+    /// The latency that `share` (0 to 1) of the calls did not exceed.
+    pub fn percentile(&self, share: f64) -> Duration {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let rank = (self.0.len() as f64 * share) as usize;
+        let last = self.0.len().saturating_sub(1);
+        self.0.get(rank.min(last)).copied().unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Latencies {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let at = |share| self.percentile(share).as_micros();
+        write!(
+            f,
+            "{} calls: p50 {} us, p99 {} us, max {} us",
+            self.0.len(),
+            at(0.5),
+            at(0.99),
+            at(1.0)
+        )
+    }
+}
+
+/// A shell line that prints what the process `pid` uses: descriptors, resident KiB, and nanoseconds of CPU time of
+/// all its threads. It runs on the host as well as in a guest.
+pub fn usage_script(pid: &str) -> String {
+    format!(
+        "p={pid}; set -- $(ls /proc/$p/fd | wc -l) $(grep VmRSS /proc/$p/status); \
+         echo $1 $3 $(cat /proc/$p/task/*/schedstat | while read run rest; do echo $run; done | tr '\\n' '+')0"
+    )
+}
+
+/// What a process uses.
+#[derive(Clone, Copy, Debug)]
+pub struct Usage {
+    /// Open descriptors.
+    pub descriptors: u64,
+    /// Resident memory in KiB.
+    pub resident_kib: u64,
+    /// CPU time of all its threads.
+    pub cpu: Duration,
+}
+
+impl Usage {
+    /// Reads what [`usage_script`] printed.
+    pub fn parse(text: &str) -> Result<Self> {
+        let fields: Vec<_> = text.split_whitespace().collect();
+        let bad = || format!("not what a process uses: {text:?}");
+        let number = |at: usize| fields.get(at).and_then(|field| field.parse().ok());
+        let terms = fields.get(2).with_context(bad)?.split('+');
+        let nanos = terms.map(str::parse::<u64>).sum::<Result<u64, _>>();
+        Ok(Usage {
+            descriptors: number(0).with_context(bad)?,
+            resident_kib: number(1).with_context(bad)?,
+            cpu: Duration::from_nanos(nanos.with_context(bad)?),
+        })
+    }
+
+    /// What the process `pid` of this machine uses.
+    pub fn of(pid: u32) -> Result<Self> {
+        let output = std::process::Command::new("sh")
+            .args(["-c", &usage_script(&pid.to_string())])
+            .output()?;
+        Self::parse(&String::from_utf8_lossy(&output.stdout))
+    }
+}

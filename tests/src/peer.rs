@@ -1,0 +1,187 @@
+//! A service to test with, at either end, and its client.
+//!
+//! The client's first line says what the connection is for:
+//!
+//! | line | what the service does |
+//! | --- | --- |
+//! | `ECHO` | sends back all it gets, until end of file |
+//! | `SOURCE n seed` | sends `n` bytes of [`Pattern`] and the 32 bytes of their SHA-256, then closes |
+//! | `SINK` | reads to end of file, then answers with the 32 bytes of the SHA-256 of what it read |
+//! | `FLOOD seed` | sends a pattern until the client goes away |
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use sha2::{Digest, Sha256};
+
+/// Bytes moved in one go.
+const CHUNK: usize = 64 * 1024;
+
+/// A SHA-256.
+pub type Hash = [u8; 32];
+
+/// Bytes that differ for every seed: no stream's bytes can pass for another's.
+pub struct Pattern(u64);
+
+impl Pattern {
+    /// The bytes of `seed`.
+    pub fn new(seed: u64) -> Self {
+        Pattern(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// The next bytes; a multiple of 8 of them at a time, until the last.
+    pub fn fill(&mut self, buf: &mut [u8]) {
+        for chunk in buf.chunks_mut(8) {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            chunk.copy_from_slice(&self.0.to_le_bytes()[..chunk.len()]);
+        }
+    }
+}
+
+/// Serves clients on `listener`, each in a thread, until the process ends.
+pub fn serve(listener: &TcpListener) {
+    for client in listener.incoming().flatten() {
+        std::thread::spawn(move || {
+            // A client that goes away in the middle is its own business.
+            let _ = attend(&client);
+        });
+    }
+}
+
+fn attend(client: &TcpStream) -> Result<()> {
+    client.set_nodelay(true)?;
+    let mut reader = BufReader::with_capacity(CHUNK, client);
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    let words: Vec<_> = line.split_whitespace().collect();
+    let mut writer = client;
+    match words[..] {
+        ["ECHO"] => {
+            io::copy(&mut reader, &mut writer)?;
+        }
+        ["SOURCE", n, seed] => {
+            let hash = send_pattern(&mut writer, seed.parse()?, n.parse()?)?;
+            writer.write_all(&hash)?;
+        }
+        ["SINK"] => {
+            let (hash, _) = hash_all(&mut reader)?;
+            writer.write_all(&hash)?;
+        }
+        ["FLOOD", seed] => {
+            send_pattern(&mut writer, seed.parse()?, u64::MAX)?;
+        }
+        _ => anyhow::bail!("unknown request {line:?}"),
+    }
+    Ok(())
+}
+
+/// Writes `n` bytes of the pattern of `seed`; their hash.
+pub fn send_pattern(writer: &mut impl Write, seed: u64, n: u64) -> Result<Hash> {
+    let (mut pattern, mut hasher) = (Pattern::new(seed), Sha256::new());
+    let mut buf = vec![0; CHUNK];
+    let mut left = n;
+    while left > 0 {
+        let chunk = &mut buf[..usize::try_from(left).unwrap_or(CHUNK).min(CHUNK)];
+        pattern.fill(chunk);
+        hasher.update(&*chunk);
+        writer.write_all(chunk)?;
+        left -= chunk.len() as u64;
+    }
+    Ok(hasher.finalize().into())
+}
+
+/// Reads to the end; the hash of it all and its length.
+pub fn hash_all(reader: &mut impl Read) -> Result<(Hash, u64)> {
+    let (mut hasher, mut buf, mut len) = (Sha256::new(), vec![0; CHUNK], 0);
+    loop {
+        let n = reader.read(&mut buf)?;
+        if n == 0 {
+            return Ok((hasher.finalize().into(), len));
+        }
+        hasher.update(&buf[..n]);
+        len += n as u64;
+    }
+}
+
+/// Connects and says what for.
+pub fn request(address: &str, line: &str) -> Result<TcpStream> {
+    let mut stream =
+        TcpStream::connect(address).with_context(|| format!("cannot connect to {address}"))?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(Duration::from_secs(120)))?;
+    writeln!(stream, "{line}")?;
+    Ok(stream)
+}
+
+/// Gets `n` bytes from the service and checks their SHA-256 against what the service says it sent.
+pub fn download(address: &str, n: u64, seed: u64) -> Result<()> {
+    let stream = request(address, &format!("SOURCE {n} {seed}"))?;
+    let reader = &stream;
+    let (hash, len) = hash_all(&mut reader.take(n))?;
+    ensure!(len == n, "{len} of {n} bytes came");
+    let mut told = [0; 32];
+    (&stream).read_exact(&mut told)?;
+    ensure!(hash == told, "the SHA-256 of {n} bytes differs");
+    Ok(())
+}
+
+/// Sends `n` bytes to the service and checks the SHA-256 of what arrived there.
+pub fn upload(address: &str, n: u64, seed: u64) -> Result<()> {
+    let mut stream = request(address, "SINK")?;
+    let hash = send_pattern(&mut stream, seed, n)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut told = [0; 32];
+    stream.read_exact(&mut told)?;
+    ensure!(hash == told, "the SHA-256 of {n} bytes differs");
+    Ok(())
+}
+
+/// Sends `n` bytes and reads them back at the same time, over one connection; the hashes must be equal.
+pub fn echo(address: &str, n: u64, seed: u64) -> Result<()> {
+    let stream = request(address, "ECHO")?;
+    let mut writer = stream.try_clone()?;
+    let sender = std::thread::spawn(move || -> Result<Hash> {
+        let hash = send_pattern(&mut writer, seed, n)?;
+        writer.shutdown(Shutdown::Write)?;
+        Ok(hash)
+    });
+    let (back, len) = hash_all(&mut &stream)?;
+    let sent = sender.join().expect("the sender does not panic")?;
+    ensure!(len == n, "{len} of {n} bytes came back");
+    ensure!(sent == back, "the SHA-256 of {n} echoed bytes differs");
+    Ok(())
+}
+
+/// An open connection that answers small requests.
+pub struct Caller(TcpStream);
+
+impl Caller {
+    /// Connects.
+    pub fn new(address: &str) -> Result<Self> {
+        Ok(Caller(request(address, "ECHO")?))
+    }
+
+    /// Sends `message` and waits for it to come back.
+    pub fn call(&mut self, message: &[u8]) -> Result<()> {
+        self.0.write_all(message)?;
+        let mut back = vec![0; message.len()];
+        self.0.read_exact(&mut back)?;
+        ensure!(back == message, "another message came back");
+        Ok(())
+    }
+
+    /// Waits until the connection ends, which it must within `limit`.
+    pub fn wait_end(mut self, limit: Duration) -> Result<()> {
+        self.0.set_read_timeout(Some(limit))?;
+        match self.0.read(&mut [0; 1]) {
+            Ok(0) => Ok(()),
+            Ok(_) => anyhow::bail!("a byte came that nobody sent"),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(()),
+            Err(error) => Err(error).context("the connection did not end"),
+        }
+    }
+}
