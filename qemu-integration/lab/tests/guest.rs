@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 use virtproxy_lab::serde_json::json;
 use virtproxy_lab::{GuestFile, GuestOptions, Lab, temporary_folder, virtserialport};
@@ -113,6 +114,78 @@ fn one_guest_through_its_life() -> Result<()> {
     let pid = guest.pid();
     assert!(guest.quit()?.success());
     assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+    std::fs::remove_dir_all(folder)?;
+    Ok(())
+}
+
+#[test]
+#[ignore = "boots a guest: run `cargo xtask test`"]
+fn ssh_and_sftp_through_a_bare_port() -> Result<()> {
+    let lab = Lab::get()?;
+    let folder = temporary_folder()?;
+    let port = folder.join("port");
+    let guest = lab.boot(GuestOptions::default().device(virtserialport(&port, "bare")))?;
+    let node = guest.check("basename /sys/class/virtio-ports/*")?;
+    let socat = lab.tool("socat")?;
+    let proxy = format!(
+        "ProxyCommand={} - UNIX-CONNECT:{}",
+        socat.display(),
+        port.display()
+    );
+    // The port reads as ended while nobody is connected on the host: that is no end here.
+    let serve = format!(
+        "killall -9 socat; setsid socat OPEN:/dev/{node},ignoreeof TCP:127.0.0.1:22 >/tmp/socat.log 2>&1 & sleep 0.3"
+    );
+
+    guest.check(&serve)?;
+    let output = lab
+        .ssh_command()?
+        .args([
+            "-o",
+            "ConnectTimeout=30",
+            "-o",
+            &proxy,
+            "root@guest",
+            "hostname; id -u",
+        ])
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(
+        said,
+        "guest\n0\n",
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+
+    guest.check(&serve)?;
+    let (there, back) = (folder.join("there"), folder.join("back"));
+    std::fs::write(&there, "to the guest and back")?;
+    let mut sftp = lab.sftp_command()?;
+    let mut child = sftp
+        .args([
+            "-o",
+            "ConnectTimeout=30",
+            "-o",
+            &proxy,
+            "-b",
+            "-",
+            "root@guest",
+        ])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()?;
+    let batch = format!(
+        "put {} /tmp/f\nget /tmp/f {}\n",
+        there.display(),
+        back.display()
+    );
+    child
+        .stdin
+        .take()
+        .context("no input")?
+        .write_all(batch.as_bytes())?;
+    assert!(child.wait()?.success());
+    assert_eq!(std::fs::read_to_string(&back)?, "to the guest and back");
     std::fs::remove_dir_all(folder)?;
     Ok(())
 }
