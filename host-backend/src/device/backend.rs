@@ -55,7 +55,15 @@ pub(super) struct Backend {
     tell_attached: Sender<()>,
     exits: Mutex<Exits>,
     timer: Mutex<Option<(TimerFd, Tick)>>,
-    config_complained: AtomicBool,
+    negotiated: AtomicBool,
+}
+
+/// Which of our queues the frontend knows of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum SetUp {
+    None,
+    Some,
+    All,
 }
 
 /// Which check the timer is for.
@@ -104,7 +112,7 @@ impl Backend {
             tell_attached,
             exits: Mutex::new(exits),
             timer: Mutex::new(Some((timer, Tick::Realized))),
-            config_complained: AtomicBool::new(false),
+            negotiated: AtomicBool::new(false),
         };
         Ok((backend, attached))
     }
@@ -194,29 +202,18 @@ impl Backend {
         }
     }
 
-    /// Tells the user what a QEMU that was started with the wrong options cannot.
+    /// Tells the user what is wrong with a QEMU that was started with other options than it must.
     fn check(&self) {
         let mut timer = self.timer();
         let Some((fd, tick)) = timer.as_mut() else {
             return;
         };
-        let (set_up, heard) = {
-            let control = self.shared.control();
-            (control.configured(), control.heard())
-        };
-        let configured = self
-            .shared
-            .ports
-            .iter()
-            .filter(|port| port.configured())
-            .count();
         let queues = self.queue_count();
         match *tick {
             Tick::Realized => {
-                let all = set_up && configured == self.shared.specs.len();
-                if configured > 0 && !all {
+                if self.queues_set_up() == SetUp::Some {
                     error!(
-                        "QEMU's device has too few queues, its guest will not find the device: \
+                        "QEMU's device has too few queues, its guest will not find the port: \
                          say num_vqs={queues} on QEMU's -device line"
                     );
                 }
@@ -226,14 +223,34 @@ impl Backend {
                 }
             }
             Tick::Booted => {
-                if !heard {
+                // A driver that cannot make sense of the device gives up without a word to us.
+                if !self.shared.control().heard() {
                     warn!(
-                        "the guest has not started the device yet; if it is up, it needs its virtio_console \
-                         driver, and QEMU's -device line virtio-id=3,num_vqs={queues},config_size={CONFIG_LEN}"
+                        "the guest has not started the device yet; if it is up, it needs its virtio_console driver, and \
+                         QEMU's -device line virtio-id=3,num_vqs={queues},config_size={CONFIG_LEN} and a vq_size that is \
+                         a power of 2, at most {MAX_QUEUE_SIZE}"
                     );
                 }
                 *timer = None;
             }
+        }
+    }
+
+    /// Whether the connection ended because QEMU has more queues than we: it gives eventfds to all of them before
+    /// anything else, and ends when one is refused.
+    pub(super) fn too_many_queues(&self) -> Option<u16> {
+        let begun = self.negotiated.load(Ordering::Relaxed);
+        (!begun && self.queues_set_up() == SetUp::All).then(|| self.queue_count())
+    }
+
+    fn queues_set_up(&self) -> SetUp {
+        let control = self.shared.control().configured();
+        let ports = self.shared.ports.iter().map(|port| port.configured());
+        let all = ports.chain([control]).collect::<Vec<_>>();
+        match (all.contains(&true), all.contains(&false)) {
+            (false, _) => SetUp::None,
+            (true, true) => SetUp::Some,
+            (true, false) => SetUp::All,
         }
     }
 
@@ -278,6 +295,7 @@ impl VhostUserBackend for Backend {
 
     fn acked_features(&self, features: u64) {
         debug!("driver's features: {features:#x}");
+        self.negotiated.store(true, Ordering::Relaxed);
         let version_1 = 1 << virtio_config::VIRTIO_F_VERSION_1;
         if features & version_1 != 0 && features & (1 << F_MULTIPORT) == 0 {
             warn!(
@@ -299,14 +317,6 @@ impl VhostUserBackend for Backend {
 
     /// Always as many bytes as were asked for: QEMU has no use for any other answer.
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        // QEMU asks for its whole `config_size` at once; other frontends for what the driver reads.
-        let too_small = offset == 0 && (3..8).contains(&size);
-        if too_small && !self.config_complained.swap(true, Ordering::Relaxed) {
-            error!(
-                "QEMU asks for a configuration of {size} bytes, its guest will not find the ports: \
-                 say config_size={CONFIG_LEN} on QEMU's -device line"
-            );
-        }
         let config = self.config();
         (offset..offset.saturating_add(size))
             .map(|at| config.get(at as usize).copied().unwrap_or(0))

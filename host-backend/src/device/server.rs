@@ -188,7 +188,14 @@ impl Service {
             Err(DaemonError::HandleRequest(
                 vhost_user::Error::Disconnected | vhost_user::Error::PartialMessage,
             )) => info!("QEMU is gone: it closed the connection"),
-            Err(error) => warn!("connection to QEMU ended: {error}"),
+            Err(error) => match (&error, backend.too_many_queues()) {
+                (DaemonError::HandleRequest(vhost_user::Error::InvalidParam), Some(queues)) => {
+                    error!(
+                        "QEMU's device has too many queues: say num_vqs={queues} on QEMU's -device line"
+                    )
+                }
+                _ => warn!("connection to QEMU ended: {error}"),
+            },
         }
         Ok(())
     }
