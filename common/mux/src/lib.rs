@@ -12,6 +12,8 @@
 #![forbid(unsafe_code)]
 
 extern crate alloc;
+#[cfg(feature = "sim")]
+extern crate std;
 
 pub mod credit;
 pub mod frame;
@@ -19,6 +21,8 @@ pub mod hello;
 pub mod reason;
 mod schedule;
 pub mod session;
+#[cfg(feature = "sim")]
+pub mod sim;
 mod stream;
 mod table;
 

@@ -1,0 +1,117 @@
+//! One direction of the channel between the ends: bytes in flight, in virtual time.
+
+use std::collections::VecDeque;
+use std::vec::Vec;
+
+use super::Rng;
+use crate::session::Time;
+
+/// How a pipe hands out what has arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "arbitrary", derive(arbitrary::Arbitrary))]
+pub enum Split {
+    /// All at once.
+    Whole,
+    /// Byte by byte.
+    Bytes,
+    /// In pieces of any size.
+    Random,
+}
+
+pub(crate) struct Pipe {
+    bytes: VecDeque<u8>,
+    /// When which number of `bytes` arrives, oldest first.
+    batches: VecDeque<(Time, usize)>,
+    pub(crate) latency: Time,
+    /// Bytes that fit in at once.
+    pub(crate) capacity: usize,
+    /// Nothing arrives before.
+    pub(crate) stalled_until: Time,
+    pub(crate) split: Split,
+}
+
+impl Pipe {
+    pub(crate) fn new(capacity: usize) -> Self {
+        Pipe {
+            bytes: VecDeque::new(),
+            batches: VecDeque::new(),
+            latency: 100,
+            capacity,
+            stalled_until: 0,
+            split: Split::Whole,
+        }
+    }
+
+    pub(crate) fn room(&self) -> usize {
+        self.capacity.saturating_sub(self.bytes.len())
+    }
+
+    pub(crate) fn push(&mut self, now: Time, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        let before = self.batches.back().map_or(0, |(at, _)| *at);
+        let at = before.max(now + self.latency);
+        match self.batches.back_mut() {
+            Some((last, len)) if *last == at => *len += bytes.len(),
+            _ => self.batches.push_back((at, bytes.len())),
+        }
+        self.bytes.extend(bytes);
+    }
+
+    /// When the next bytes arrive.
+    pub(crate) fn next_arrival(&self) -> Option<Time> {
+        let (at, _) = self.batches.front()?;
+        Some((*at).max(self.stalled_until))
+    }
+
+    /// Some of what has arrived.
+    pub(crate) fn take(&mut self, now: Time, rng: &mut Rng) -> Vec<u8> {
+        if self.next_arrival().is_none_or(|at| at > now) {
+            return Vec::new();
+        }
+        let arrived = self.batches.iter().take_while(|(at, _)| *at <= now);
+        let arrived: usize = arrived.map(|(_, len)| *len).sum();
+        let n = match self.split {
+            Split::Whole => arrived,
+            Split::Bytes => 1,
+            Split::Random => 1 + rng.index(arrived.min(3000)),
+        };
+        let mut left = n;
+        while let Some((_, len)) = self.batches.front_mut() {
+            if *len > left {
+                *len -= left;
+                break;
+            }
+            left -= *len;
+            self.batches.pop_front();
+        }
+        self.bytes.drain(..n).collect()
+    }
+
+    /// Loses the youngest `n` bytes; returns whether there were any.
+    pub(crate) fn cut(&mut self, n: usize) -> bool {
+        let mut left = n.min(self.bytes.len());
+        self.bytes.truncate(self.bytes.len() - left);
+        let cut = left > 0;
+        while let Some((_, len)) = self.batches.back_mut() {
+            if *len > left {
+                *len -= left;
+                break;
+            }
+            left -= *len;
+            self.batches.pop_back();
+        }
+        cut
+    }
+
+    /// Changes a byte in flight; returns whether there was one.
+    pub(crate) fn flip(&mut self, at: usize, mask: u8) -> bool {
+        let len = self.bytes.len();
+        if len == 0 || mask == 0 {
+            return false;
+        }
+        self.bytes[at % len] ^= mask;
+        true
+    }
+}
