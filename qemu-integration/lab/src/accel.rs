@@ -3,6 +3,7 @@
 //! `/dev/kvm` can be there and open and yet run no stock kernel (nested and paravirtual flavours do that). So the lab
 //! boots its own kernel once with a one-line initramfs under `-accel kvm` and waits ten seconds for that line. The
 //! verdict is cached for this QEMU, this kernel and this host; without a usable node there is nothing to ask.
+//! `VIRTPROXY_ACCEL` (`kvm` or `tcg`) overrides it.
 
 use crate::cache::{self, Cache, write_whole};
 use crate::cpio::Archive;
@@ -10,7 +11,7 @@ use crate::kernel::Kernel;
 use crate::progress::Task;
 use crate::qemu::Qemu;
 use crate::spawn;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use std::fs::{self, OpenOptions};
 use std::path::Path;
 use std::process::Stdio;
@@ -44,6 +45,14 @@ impl Accel {
         kernel: &Kernel,
         busybox: &Path,
     ) -> Result<Self> {
+        match std::env::var("VIRTPROXY_ACCEL").as_deref() {
+            Ok("kvm") => return Ok(Self::Kvm),
+            Ok("tcg") => return Ok(Self::Tcg),
+            Ok("") | Err(_) => {}
+            Ok(other) => bail!(
+                "VIRTPROXY_ACCEL is {other}: set it to kvm or tcg, or unset it to have it probed"
+            ),
+        }
         if OpenOptions::new()
             .read(true)
             .write(true)

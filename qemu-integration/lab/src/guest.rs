@@ -5,20 +5,19 @@
 //! folder, so nothing is polled for at the start. Dropping a [`Guest`] ends its QEMU by its own process id; should this
 //! process be killed, the kernel ends it.
 
+use crate::folder::temporary_folder;
 use crate::image::{self, GuestFile};
 use crate::lab::Lab;
 use crate::qmp::Qmp;
 use crate::shell::{Output, Shell};
 use crate::spawn;
+use crate::starting::{Starting, explain, look, text_of};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -89,6 +88,7 @@ impl GuestOptions {
 pub struct Guest {
     folder: PathBuf,
     boot_limit: Duration,
+    command_line: String,
     pid: u32,
     child: Mutex<Child>,
     qmp: Mutex<Qmp>,
@@ -127,64 +127,10 @@ impl Guest {
                 .with_context(|| format!("cannot listen on {}", path.display()))
         };
         let (shell, qmp) = (listen("shell")?, listen("qmp")?);
-        let mut command = lab.qemu_command();
-        command
-            .args([
-                "-nodefaults",
-                "-no-user-config",
-                "-display",
-                "none",
-                "-machine",
-                "q35,memory-backend=mem0",
-            ])
-            .args([
-                "-object",
-                &format!(
-                    "memory-backend-memfd,id=mem0,size={}M,share=on",
-                    options.memory_mib
-                ),
-            ])
-            .args([
-                "-m",
-                &format!("{}M", options.memory_mib),
-                "-smp",
-                &options.smp.to_string(),
-            ])
-            .args(lab.accel.arguments())
-            .args([
-                "-chardev",
-                &format!("file,id=console,path={}", folder.join("console").display()),
-            ])
-            .args(["-serial", "chardev:console"])
-            .args([
-                "-chardev",
-                &format!("socket,id=shell,path={}", folder.join("shell").display()),
-            ])
-            .args(["-serial", "chardev:shell"])
-            .args(["-qmp", &format!("unix:{}", folder.join("qmp").display())])
-            .arg("-kernel")
-            .arg(&lab.kernel.image)
-            .arg("-initrd")
-            .arg(&initrd)
-            .args([
-                "-append",
-                format!("console=ttyS0 quiet {}", options.kernel_args).trim(),
-            ])
-            .args(&options.qemu_args)
-            .stdin(Stdio::null())
-            .stdout(
-                File::create(folder.join("stdout"))
-                    .context("cannot create a file for QEMU's output")?,
-            )
-            .stderr(
-                File::create(folder.join("stderr"))
-                    .context("cannot create a file for QEMU's errors")?,
-            );
+        let command = command(lab, options, folder)?;
+        let command_line = spawn::shown(&command);
         let child = spawn::spawn(command).context("cannot start QEMU")?;
-        let mut starting = Starting {
-            child: Some(child),
-            folder,
-        };
+        let mut starting = Starting::new(child, folder);
         let deadline = Instant::now() + options.boot_limit;
         let shell = starting
             .accept(&shell, deadline)
@@ -200,10 +146,11 @@ impl Guest {
             .map_err(|error| starting.explain(error))?;
         // The kernel has its image: it stays away from the disk from here on.
         let _ = fs::remove_file(&initrd);
-        let child = starting.child.take().context("QEMU was just there")?;
+        let child = starting.finish()?;
         Ok(Self {
             folder: folder.to_owned(),
             boot_limit: options.boot_limit,
+            command_line,
             pid: child.id(),
             child: Mutex::new(child),
             qmp: Mutex::new(qmp),
@@ -315,6 +262,11 @@ impl Guest {
         matches!(lock(&self.child).try_wait(), Ok(None))
     }
 
+    /// The command line that QEMU was started with, quoted for a shell.
+    pub fn command_line(&self) -> &str {
+        &self.command_line
+    }
+
     /// QEMU's process id.
     pub fn pid(&self) -> u32 {
         self.pid
@@ -350,124 +302,61 @@ impl Drop for Guest {
     }
 }
 
-/// QEMU before the guest has booted; it ends with this value unless it is taken out.
-struct Starting<'a> {
-    child: Option<Child>,
-    folder: &'a Path,
-}
-
-impl Starting<'_> {
-    fn look(&mut self) -> Result<()> {
-        self.child
-            .as_mut()
-            .map_or(Ok(()), |child| look(child, self.folder))
-    }
-
-    fn accept(&mut self, listener: &UnixListener, deadline: Instant) -> Result<UnixStream> {
-        listener
-            .set_nonblocking(true)
-            .context("cannot wait for QEMU without blocking")?;
-        loop {
-            match listener.accept() {
-                Ok((stream, _)) => {
-                    stream
-                        .set_nonblocking(false)
-                        .context("cannot use QEMU's connection")?;
-                    return Ok(stream);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error).context("cannot wait for QEMU"),
-            }
-            self.look()?;
-            if Instant::now() >= deadline {
-                bail!("QEMU did not connect in time");
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    /// A QEMU that is about to end closes its sockets first: its end is the better reason.
-    fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
-        let deadline = Instant::now() + Duration::from_millis(500);
-        let mut error = error;
-        while Instant::now() < deadline {
-            if let Err(ended) = self.look() {
-                error = ended;
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        explain(error, self.folder)
-    }
-}
-
-impl Drop for Starting<'_> {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.child {
-            // Errors here mean that it has ended already.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-/// An error when QEMU has ended or the guest's kernel has panicked.
-fn look(child: &mut Child, folder: &Path) -> Result<()> {
-    if let Some(status) = child.try_wait().context("cannot wait for QEMU")? {
-        bail!("QEMU has ended: {status}");
-    }
-    if text_of(&folder.join("console")).contains("Kernel panic") {
-        bail!("the guest's kernel panicked");
-    }
-    Ok(())
-}
-
-/// The error with the end of the console and of QEMU's own errors.
-fn explain(error: anyhow::Error, folder: &Path) -> anyhow::Error {
-    let tail = |name: &str| {
-        let text = crate::apt::last_lines(text_of(&folder.join(name)).as_bytes(), 20);
-        if text.is_empty() {
-            "(nothing)".to_owned()
-        } else {
-            text
-        }
-    };
-    let told = format!(
-        "{error:#}\n--- the guest's console:\n{}\n--- QEMU:\n{}",
-        tail("console"),
-        tail("stderr")
-    );
-    anyhow!(told)
-}
-
-fn text_of(file: &Path) -> String {
-    fs::read(file)
-        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-        .unwrap_or_default()
-}
-
-/// A new folder of this user alone, below the system's folder for temporary files. Its path is short enough for
-/// sockets.
-pub fn temporary_folder() -> Result<PathBuf> {
-    let base = Some(std::env::temp_dir()).filter(|dir| dir.as_os_str().len() < 60);
-    temporary_folder_in(&base.unwrap_or_else(|| "/tmp".into()))
-}
-
-/// The same below a folder of the caller's choice.
-pub fn temporary_folder_in(base: &Path) -> Result<PathBuf> {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    loop {
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let folder = base.join(format!("virtproxy-{}-{number}", std::process::id()));
-        match fs::DirBuilder::new().mode(0o700).create(&folder) {
-            Ok(()) => return Ok(folder),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => {
-                return Err(error)
-                    .with_context(|| format!("cannot create {}: set TMPDIR", folder.display()));
-            }
-        }
-    }
+fn command(lab: &Lab, options: &GuestOptions, folder: &Path) -> Result<Command> {
+    let mut command = lab.qemu_command();
+    command
+        .args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-machine",
+            "q35,memory-backend=mem0",
+        ])
+        .args([
+            "-object",
+            &format!(
+                "memory-backend-memfd,id=mem0,size={}M,share=on",
+                options.memory_mib
+            ),
+        ])
+        .args([
+            "-m",
+            &format!("{}M", options.memory_mib),
+            "-smp",
+            &options.smp.to_string(),
+        ])
+        .args(lab.accel.arguments())
+        .args([
+            "-chardev",
+            &format!("file,id=console,path={}", folder.join("console").display()),
+        ])
+        .args(["-serial", "chardev:console"])
+        .args([
+            "-chardev",
+            &format!("socket,id=shell,path={}", folder.join("shell").display()),
+        ])
+        .args(["-serial", "chardev:shell"])
+        .args(["-qmp", &format!("unix:{}", folder.join("qmp").display())])
+        .arg("-kernel")
+        .arg(&lab.kernel.image)
+        .arg("-initrd")
+        .arg(folder.join("initrd"))
+        .args([
+            "-append",
+            format!("console=ttyS0 quiet {}", options.kernel_args).trim(),
+        ])
+        .args(&options.qemu_args)
+        .stdin(Stdio::null())
+        .stdout(
+            File::create(folder.join("stdout"))
+                .context("cannot create a file for QEMU's output")?,
+        )
+        .stderr(
+            File::create(folder.join("stderr"))
+                .context("cannot create a file for QEMU's errors")?,
+        );
+    Ok(command)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

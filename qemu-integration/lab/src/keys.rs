@@ -19,8 +19,8 @@ pub struct Keys {
     pub user: PathBuf,
     /// The server's private key.
     pub host: PathBuf,
-    /// For `ssh -o UserKnownHostsFile=`.
-    pub known_hosts: PathBuf,
+    /// For `ssh -F`: all that a client needs to know, and nothing of the user's own settings.
+    pub ssh_config: PathBuf,
 }
 
 impl Keys {
@@ -41,10 +41,18 @@ impl Keys {
             format!("{HOST_ALIAS} {public_key}").as_bytes(),
             0o644,
         )?;
+        let ssh_config = dir.join("ssh_config");
+        let text = format!(
+            "IdentityFile {}\nUserKnownHostsFile {}\nHostKeyAlias {HOST_ALIAS}\nIdentitiesOnly yes\n\
+             IdentityAgent none\nBatchMode yes\nStrictHostKeyChecking yes\nLogLevel ERROR\n",
+            user.display(),
+            known_hosts.display()
+        );
+        write_whole(&ssh_config, text.as_bytes(), 0o644)?;
         Ok(Self {
             user,
             host,
-            known_hosts,
+            ssh_config,
         })
     }
 

@@ -6,7 +6,7 @@ use crate::cache::{self, Cache};
 use crate::guest::{Guest, GuestOptions};
 use crate::image;
 use crate::kernel::Kernel;
-use crate::keys::{HOST_ALIAS, Keys};
+use crate::keys::Keys;
 use crate::plan;
 use crate::prefix::Prefix;
 use crate::qemu::Qemu;
@@ -121,7 +121,7 @@ impl Lab {
     /// `ssh` with the guest's keys and nothing of the user's own settings. Add `-p PORT root@HOST COMMAND`.
     pub fn ssh_command(&self) -> Result<Command> {
         let mut command = Command::new(self.tool("ssh")?);
-        command.args(self.ssh_options());
+        command.arg("-F").arg(&self.keys.ssh_config);
         Ok(command)
     }
 
@@ -129,29 +129,11 @@ impl Lab {
     pub fn sftp_command(&self) -> Result<Command> {
         let mut command = Command::new(self.tool("sftp")?);
         command
+            .arg("-F")
+            .arg(&self.keys.ssh_config)
             .arg("-S")
-            .arg(self.tool("ssh")?)
-            .args(self.ssh_options());
+            .arg(self.tool("ssh")?);
         Ok(command)
-    }
-
-    fn ssh_options(&self) -> Vec<String> {
-        let known_hosts = format!("UserKnownHostsFile={}", self.keys.known_hosts.display());
-        let alias = format!("HostKeyAlias={HOST_ALIAS}");
-        let options = [
-            "IdentitiesOnly=yes",
-            "BatchMode=yes",
-            "StrictHostKeyChecking=yes",
-            "LogLevel=ERROR",
-        ];
-        let options = options
-            .into_iter()
-            .chain([known_hosts.as_str(), alias.as_str()]);
-        let words = ["-F", "/dev/null", "-i"].map(str::to_owned).into_iter();
-        words
-            .chain([self.keys.user.display().to_string()])
-            .chain(options.flat_map(|option| ["-o".to_owned(), option.to_owned()]))
-            .collect()
     }
 
     /// What there is, a line each.

@@ -21,7 +21,7 @@
 //! | `cache`, `progress`, `spawn`, `tools` | the folder, the terminal, child processes, host programs |
 //! | `plan`, `sources`, `apt`, `prefix` | which suite, which archive, how packages get here, where they lie |
 //! | `qemu`, `accel`, `kernel`, `keys`, `cpio`, `image` | the pieces of a guest |
-//! | `guest`, `device`, `shell`, `qmp` | a running guest and how to talk to it |
+//! | `guest`, `starting`, `folder`, `device`, `shell`, `qmp` | a running guest and how to talk to it |
 //!
 //! The lab runs the project's programs and imports none of them.
 
@@ -30,6 +30,7 @@ mod apt;
 mod cache;
 mod cpio;
 mod device;
+mod folder;
 mod guest;
 mod image;
 mod kernel;
@@ -43,12 +44,14 @@ mod qmp;
 mod shell;
 mod sources;
 pub mod spawn;
+mod starting;
 mod tools;
 
 pub use accel::Accel;
 pub use cache::{Cache, CacheLock};
 pub use device::{DeviceOptions, isa_serial, vhost_user_console, virtserialport};
-pub use guest::{COMMAND_LIMIT, Guest, GuestOptions, temporary_folder, temporary_folder_in};
+pub use folder::{temporary_folder, temporary_folder_in};
+pub use guest::{COMMAND_LIMIT, Guest, GuestOptions};
 pub use image::{Content, GuestFile};
 pub use kernel::Kernel;
 pub use keys::{HOST_ALIAS, Keys};

@@ -64,9 +64,37 @@ pub fn signal(child: &Child, signal: i32) {
     }
 }
 
+/// A command as a person would type it.
+pub fn shown(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words
+        .map(|word| quoted(&word.to_string_lossy()))
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shown_commands_can_be_pasted() {
+        let mut command = Command::new("ssh");
+        command.args(["-p", "9022", "root@127.0.0.1", "echo 'a b'", ""]);
+        assert_eq!(
+            shown(&command),
+            r"ssh -p 9022 root@127.0.0.1 'echo '\''a b'\''' ''"
+        );
+    }
 
     #[test]
     fn a_child_outlives_the_thread_that_asked_for_it() {

@@ -4,13 +4,14 @@
 //! thing is done with the command that a user would type, shown with its result. Then everything stays up to be tried
 //! by hand, or, with `--check`, ends and tells by the exit code whether all of it worked.
 
+use crate::daemon::Daemon;
 use crate::{http, test, workspace};
-use anyhow::{Context, Result, bail, ensure};
-use std::fs::{self, File};
+use anyhow::{Context, Result, ensure};
+use std::fs;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use virtproxy_lab::{
@@ -32,10 +33,8 @@ pub(crate) struct Arguments {
 /// How long the agent may take from its start until the first request is answered.
 const FIRST_ANSWER: Duration = Duration::from_secs(20);
 const ANSWER: Duration = Duration::from_secs(10);
-/// How long the daemon may take to make its socket, and to end.
-const DAEMON: Duration = Duration::from_secs(5);
 const HOST_PAGE: &str = "This page comes from a service on the host.\n";
-const FILE_SIZE: usize = 4 << 20;
+const FILE_SIZE: usize = 2 << 20;
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let lab = Lab::get()?;
@@ -45,39 +44,55 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     heading("build the programs");
     crate::steps::run(&mut test::build_programs())?;
     let mut demo = Demo::start(lab, &workspace::target()?.join("release"), arguments.memory)?;
-    let result = demo.checks();
+    let mut result = demo.checks();
     match &result {
         Ok(()) => println!("\nAll of it worked."),
         Err(error) => println!("\nFAILED: {error:#}\n{}", demo.logs()),
     }
     if !arguments.check && result.is_ok() {
         demo.invite()?;
-        wait_for_interrupt();
+        result = wait_for_interrupt(&mut demo);
     }
     let ended = demo.end();
     result.context("the demonstration failed")?;
     ended
 }
 
+/// A folder that goes with this value.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What is left is swept away by a later run.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
 struct Demo {
     lab: &'static Lab,
-    folder: PathBuf,
+    folder: Scratch,
     http: u16,
     ssh: u16,
-    daemon: Child,
+    daemon: Daemon,
     guest: Guest,
     number: u32,
 }
 
 impl Demo {
     fn start(lab: &'static Lab, programs: &Path, memory_mib: u32) -> Result<Self> {
-        let folder = match std::env::var_os("XDG_RUNTIME_DIR")
+        let runtime = std::env::var_os("XDG_RUNTIME_DIR")
             .map(PathBuf::from)
-            .filter(|dir| dir.is_dir())
-        {
+            .filter(|dir| dir.is_dir());
+        let folder = Scratch(match runtime {
             Some(runtime) => temporary_folder_in(&runtime)?,
             None => temporary_folder()?,
-        };
+        });
         let socket = folder.join("vp.sock");
         let (http, ssh) = (http::free_port(9080)?, http::free_port(9022)?);
         let service = http::listen(3142)?;
@@ -97,37 +112,21 @@ impl Demo {
             .args(["-o", &format!("http:127.0.0.1:{http}")])
             .args(["-o", &format!("ssh:127.0.0.1:{ssh}")])
             .args(["-i", &format!("pkg:127.0.0.1:{package_port}")]);
-        println!("$ {} &", workspace::shown(&command));
-        let log =
-            File::create(folder.join("virtproxy.log")).context("cannot create the daemon's log")?;
-        let log_too = log.try_clone().context("cannot share the daemon's log")?;
-        command.stdin(Stdio::null()).stdout(log).stderr(log_too);
-        let mut daemon = spawn::spawn(command).context("cannot start the daemon")?;
-        if let Err(error) = wait_for_socket(&mut daemon, &socket) {
-            end_daemon(&mut daemon)?;
-            return Err(error.context(tail(&folder.join("virtproxy.log"))));
-        }
+        println!("$ {} &", spawn::shown(&command));
+        let daemon = Daemon::start(command, &socket, folder.join("virtproxy.log"))?;
 
         heading("a guest whose only way out is that console");
         let device = vhost_user_console(&socket, &DeviceOptions::default());
-        let words = device.join(" ");
-        println!("$ {} ... {words}", lab.qemu.program.display());
         let options = GuestOptions {
             memory_mib,
             ..GuestOptions::default()
         };
         let begun = Instant::now();
-        let guest = match lab.boot(
-            options
-                .device(device)
-                .agent(&programs.join("virtproxy-agent")),
-        ) {
-            Ok(guest) => guest,
-            Err(error) => {
-                end_daemon(&mut daemon)?;
-                return Err(error.context(tail(&folder.join("virtproxy.log"))));
-            }
-        };
+        let options = options
+            .device(device)
+            .agent(&programs.join("virtproxy-agent"));
+        let guest = lab.boot(options).with_context(|| daemon.log())?;
+        println!("$ {} &", guest.command_line());
         println!("  booted in {:.1} s", begun.elapsed().as_secs_f64());
         Ok(Self {
             lab,
@@ -214,7 +213,7 @@ impl Demo {
                     there.display(),
                     back.display()
                 );
-                println!("$ {} <<'EOF'\n{batch}EOF", workspace::shown(&sftp));
+                println!("$ {} <<'EOF'\n{batch}EOF", spawn::shown(&sftp));
                 let mut child = sftp
                     .stdin(Stdio::piped())
                     .stdout(Stdio::null())
@@ -277,7 +276,7 @@ impl Demo {
     }
 
     fn output(&self, command: &mut Command) -> Result<String> {
-        println!("$ {}", workspace::shown(command));
+        println!("$ {}", spawn::shown(command));
         let output = command
             .stdin(Stdio::null())
             .output()
@@ -290,7 +289,7 @@ impl Demo {
     fn invite(&self) -> Result<()> {
         heading("it stays up until Ctrl-C; try");
         println!("  curl http://127.0.0.1:{}/", self.http);
-        println!("  {}", workspace::shown(&self.ssh()?));
+        println!("  {}", spawn::shown(&self.ssh()?));
         println!(
             "  wget -qO- http://127.0.0.1:3142/     # in that shell: the guest reaches the host"
         );
@@ -311,67 +310,17 @@ impl Demo {
             |error| format!("(not readable: {error:#})"),
             |output| output.stdout,
         );
-        format!(
-            "{}\n--- the agent's log:\n{agent}",
-            tail(&self.folder.join("virtproxy.log"))
-        )
+        format!("{}\n--- the agent's log:\n{agent}", self.daemon.log())
     }
 
     fn end(mut self) -> Result<()> {
         self.guest.quit()?;
-        end_daemon(&mut self.daemon)?;
-        fs::remove_dir_all(&self.folder)
-            .with_context(|| format!("cannot remove {}", self.folder.display()))
+        self.daemon.end()
     }
 }
 
 fn heading(text: &str) {
     println!("\n== {text}");
-}
-
-fn tail(log: &Path) -> String {
-    let text = fs::read_to_string(log).unwrap_or_default();
-    let lines: Vec<_> = text.lines().collect();
-    format!(
-        "--- the daemon's log:\n{}",
-        lines[lines.len().saturating_sub(20)..].join("\n")
-    )
-}
-
-fn wait_for_socket(daemon: &mut Child, socket: &Path) -> Result<()> {
-    let deadline = Instant::now() + DAEMON;
-    while !socket.exists() {
-        if let Some(status) = daemon.try_wait().context("cannot wait for the daemon")? {
-            bail!("the daemon ended at once: {status}");
-        }
-        if Instant::now() >= deadline {
-            bail!(
-                "the daemon made no socket {} within {DAEMON:?}",
-                socket.display()
-            );
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
-}
-
-/// Asks the daemon to end, and kills it when it does not.
-fn end_daemon(daemon: &mut Child) -> Result<()> {
-    spawn::signal(daemon, libc::SIGTERM);
-    let deadline = Instant::now() + DAEMON;
-    while daemon
-        .try_wait()
-        .context("cannot wait for the daemon")?
-        .is_none()
-    {
-        if Instant::now() >= deadline {
-            daemon.kill().context("cannot kill the daemon")?;
-            daemon.wait().context("cannot wait for the daemon")?;
-            bail!("the daemon did not end within {DAEMON:?} of SIGTERM and was killed");
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
 }
 
 /// Bytes that do not compress and have no period (xorshift).
@@ -394,7 +343,8 @@ extern "C" fn interrupted(_signal: libc::c_int) {
     INTERRUPTED.store(true, Ordering::Relaxed);
 }
 
-fn wait_for_interrupt() {
+/// Waits for Ctrl-C; the end of either program is an error.
+fn wait_for_interrupt(demo: &mut Demo) -> Result<()> {
     let handler: extern "C" fn(libc::c_int) = interrupted;
     for signal in [libc::SIGINT, libc::SIGTERM] {
         // SAFETY: the handler only stores to an atomic, which is allowed at any point of any thread.
@@ -402,6 +352,13 @@ fn wait_for_interrupt() {
     }
     while !INTERRUPTED.load(Ordering::Relaxed) {
         std::thread::sleep(Duration::from_millis(100));
+        demo.daemon.look()?;
+        ensure!(
+            demo.guest.is_running(),
+            "the guest has ended\n{}",
+            demo.guest.stderr()
+        );
     }
     println!();
+    Ok(())
 }

@@ -3,6 +3,7 @@
 //! They are programs and not shell scripts so that they can tell what went wrong and what cures it, and because the
 //! tests boot the same guests through the same library.
 
+mod daemon;
 mod demo;
 mod fuzz;
 mod http;
@@ -38,6 +39,7 @@ Environment:
   VIRTPROXY_CACHE  folder for QEMU, the guest's kernel and image (default: ~/.cache/virtproxy)
   VIRTPROXY_QEMU   the qemu-system-x86_64 to use, 10.2 or newer (default: the system's, else one from the archive)
   VIRTPROXY_SUITE  the archive's suite to take packages from, and after a comma the one for QEMU
+  VIRTPROXY_ACCEL  kvm or tcg (default: kvm when a guest was seen to boot with it)
   VIRTPROXY_KEEP   when set, a guest's folder with its console and QEMU's errors is kept";
 
 fn main() -> ExitCode {

@@ -98,7 +98,7 @@ impl Steps {
 
 /// Runs a command that must succeed, its output going to the terminal.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
-    let shown = crate::workspace::shown(command);
+    let shown = virtproxy_lab::spawn::shown(command);
     eprintln!("$ {shown}");
     let status: ExitStatus = command
         .status()
