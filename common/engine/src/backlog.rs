@@ -104,7 +104,9 @@ mod tests {
     fn keeps_order_over_partial_writes_and_frees_its_memory() {
         let (near, mut far) = UnixStream::pair().unwrap();
         near.set_nonblocking(true).unwrap();
-        let mut data: Vec<u8> = (0..1_000_000u32).map(|i| (i * 7 >> 3) as u8).collect();
+        let mut data: Vec<u8> = (0..1_000_000u32)
+            .map(|i| i.wrapping_mul(7).to_le_bytes()[1])
+            .collect();
         let expected = data.clone();
         let mut backlog = Backlog::default();
         let segments = [Segment::from_slice(&mut data)];

@@ -1,5 +1,6 @@
 //! Keeps what others can make us log within bounds.
 
+use std::fmt;
 use std::time::{Duration, Instant};
 
 /// Messages let through in one [`WINDOW`].
@@ -16,8 +17,8 @@ pub struct LogLimit {
 }
 
 impl LogLimit {
-    /// Whether to log now; if so, how many messages were held back before this one.
-    pub fn pass(&mut self, now: Instant) -> Option<u64> {
+    /// Whether to log now; if so, what to append: how many messages were held back before this one.
+    pub fn pass(&mut self, now: Instant) -> Option<Suppressed> {
         if self.window.is_none_or(|start| now - start >= WINDOW) {
             self.window = Some(now);
             self.passed = 0;
@@ -27,7 +28,20 @@ impl LogLimit {
             self.suppressed += 1;
             return None;
         }
-        Some(std::mem::take(&mut self.suppressed))
+        Some(Suppressed(std::mem::take(&mut self.suppressed)))
+    }
+}
+
+/// How many messages were held back; prints nothing if none was.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Suppressed(u64);
+
+impl fmt::Display for Suppressed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            n => write!(f, " (and {n} messages like it)"),
+        }
     }
 }
 
@@ -41,6 +55,6 @@ mod tests {
         let start = Instant::now();
         let passed = (0..1000).filter(|_| limit.pass(start).is_some()).count();
         assert_eq!(passed, 10);
-        assert_eq!(limit.pass(start + WINDOW), Some(990));
+        assert_eq!(limit.pass(start + WINDOW), Some(Suppressed(990)));
     }
 }

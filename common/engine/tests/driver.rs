@@ -106,7 +106,7 @@ async fn echo_server() -> String {
 
 fn pattern(len: usize, seed: usize) -> Vec<u8> {
     (0..len)
-        .map(|i| (i.wrapping_mul(31).wrapping_add(seed) >> 3) as u8)
+        .map(|i| i.wrapping_mul(31).wrapping_add(seed).to_le_bytes()[1])
         .collect()
 }
 

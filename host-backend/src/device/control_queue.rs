@@ -153,7 +153,7 @@ impl Listener<'_> {
 
     fn refuse(&self, misuse: Misuse) {
         if let Some(held_back) = self.quiet.permit() {
-            warn!(held_back, "ignored: {misuse}");
+            warn!("ignored: {misuse}{held_back}");
         }
     }
 }
@@ -200,7 +200,7 @@ fn tell(
 
 fn complain(quiet: &Quiet, fault: &Fault) -> bool {
     if let Some(held_back) = quiet.permit() {
-        warn!(held_back, "guest misuses a control ring: {fault}");
+        warn!("guest misuses a control ring: {fault}{held_back}");
     }
     false
 }

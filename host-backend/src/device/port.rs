@@ -159,8 +159,7 @@ impl Cell {
             warn!(
                 port = self.name,
                 ?direction,
-                held_back,
-                "guest misuses its ring: {fault}"
+                "guest misuses its ring: {fault}{held_back}"
             );
         }
     }

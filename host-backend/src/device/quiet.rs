@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use virtproxy_engine::log_limit::LogLimit;
+use virtproxy_engine::log_limit::{LogLimit, Suppressed};
 
 /// A limit on one kind of message, for all threads.
 #[derive(Default)]
@@ -11,7 +11,7 @@ pub(super) struct Quiet(Mutex<LogLimit>);
 
 impl Quiet {
     /// Whether the message may be written now, and how many were held back before it.
-    pub(super) fn permit(&self) -> Option<u64> {
+    pub(super) fn permit(&self) -> Option<Suppressed> {
         let mut limit = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         limit.pass(Instant::now())
     }

@@ -84,7 +84,7 @@ impl Driver {
             } => {
                 if let Some(more) = self.refusals.pass(Instant::now()) {
                     let service = self.service_of(stream);
-                    warn!(service, %reason, text, more, "the other end refused");
+                    warn!("{service}: refused by the other end: {reason}: {text}{more}");
                 }
                 self.remove_stream(stream, "refused");
             }

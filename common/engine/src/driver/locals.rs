@@ -71,7 +71,10 @@ impl Driver {
                 Err(error) => {
                     outlet.retry = Some(Instant::now() + ACCEPT_RETRY);
                     if let Some(more) = self.refusals.pass(Instant::now()) {
-                        warn!(service = %outlet.service, %error, more, "cannot accept a client now");
+                        warn!(
+                            "{}: cannot accept a client now: {error}{more}",
+                            outlet.service
+                        );
                     }
                     return;
                 }
@@ -169,7 +172,7 @@ impl Driver {
             return;
         };
         if let Some(more) = self.refusals.pass(Instant::now()) {
-            warn!(service = %local.service, why, more, "client refused");
+            warn!("{}: a client is refused: {why}{more}", local.service);
         }
         if let Some(socket) = local.socket {
             socket.abort();
@@ -273,8 +276,7 @@ impl Driver {
     /// The peer asks for a stream to a service: starts connecting, or refuses.
     pub(super) fn asked(&mut self, stream: StreamId, service: &str) {
         let Some(endpoint) = self.services.get(service).cloned() else {
-            let text = format!("nothing serves {service:?} here");
-            return self.refuse(stream, service, Reason::NoSuchService, &text);
+            return self.refuse(stream, service, Reason::NoSuchService, "no -i names it");
         };
         if self.connects.len() >= MAX_CONNECTING {
             return self.refuse(
@@ -333,7 +335,7 @@ impl Driver {
 
     fn refuse(&mut self, stream: StreamId, service: &str, reason: Reason, text: &str) {
         if let Some(more) = self.refusals.pass(Instant::now()) {
-            warn!(service, %reason, text, more, "refused the other end");
+            warn!("{service}: the other end's request is refused: {reason}: {text}{more}");
         }
         self.session.refuse(stream, reason, text);
     }
