@@ -7,9 +7,11 @@
 //! | `ECHO` | sends back all it gets, until end of file |
 //! | `SOURCE n seed` | sends `n` bytes of [`Pattern`] and the 32 bytes of their SHA-256, then closes |
 //! | `SINK` | reads to end of file, then answers with the 32 bytes of the SHA-256 of what it read |
+//! | `DISCARD` | reads to end of file, then answers with the number of bytes as 8 bytes, little-endian |
+//! | `ZEROS n` | sends `n` zero bytes, then closes |
 //! | `FLOOD seed` | sends a pattern until the client goes away |
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::Duration;
 
@@ -70,6 +72,19 @@ fn attend(client: &TcpStream) -> Result<()> {
         ["SINK"] => {
             let (hash, _) = hash_all(&mut reader)?;
             writer.write_all(&hash)?;
+        }
+        ["DISCARD"] => {
+            let (mut buf, mut len) = (vec![0; 4 * CHUNK], 0);
+            while let n @ 1.. = reader.read(&mut buf)? {
+                len += n as u64;
+            }
+            writer.write_all(&len.to_le_bytes())?;
+        }
+        ["ZEROS", n] => {
+            io::copy(
+                &mut io::repeat(0).take(n.parse()?),
+                &mut BufWriter::with_capacity(4 * CHUNK, writer),
+            )?;
         }
         ["FLOOD", seed] => {
             send_pattern(&mut writer, seed.parse()?, u64::MAX)?;

@@ -1,0 +1,181 @@
+//! Either end dies, restarts, pauses; the device is unbound and bound; QEMU ends and another one comes.
+//!
+//! What must hold each time: old streams end, with a reason in the log; a new connection works within a second of the
+//! agent's handshake; and nothing stale reaches a new stream (every transfer is hashed, with a pattern of its own).
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use virtproxy_tests::peer::{self, Caller};
+use virtproxy_tests::scene::{SOON, Scene};
+
+const MIB: u64 = 1 << 20;
+/// How soon after the handshake a new connection must work.
+const NEW_CONNECTION: Duration = Duration::from_secs(1);
+
+fn seed() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1000);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Bulk both ways over several streams, to be cut off at any byte.
+fn start_traffic(scene: &Scene) -> Vec<JoinHandle<Result<()>>> {
+    let mut transfers = Vec::new();
+    for _ in 0..3 {
+        for transfer in [peer::upload, peer::download, peer::echo] {
+            let address = scene.peer.clone();
+            transfers.push(std::thread::spawn(move || {
+                transfer(&address, 1 << 40, seed())
+            }));
+        }
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    transfers
+}
+
+/// Every stream of `traffic` was cut off; none ended as if it were whole.
+fn all_cut_off(traffic: Vec<JoinHandle<Result<()>>>) -> Result<()> {
+    for transfer in traffic {
+        let result = transfer.join().expect("no panic");
+        ensure!(result.is_err(), "a transfer of a TiB was taken for whole");
+    }
+    Ok(())
+}
+
+/// New streams work, and carry nothing but their own bytes.
+fn check_new_streams(scene: &Scene, first: Duration, event: &str) -> Result<()> {
+    ensure!(
+        first <= NEW_CONNECTION,
+        "after {event} a new connection took {first:?}"
+    );
+    for transfer in [peer::upload, peer::download, peer::echo] {
+        transfer(&scene.peer, 8 * MIB, seed()).with_context(|| format!("after {event}"))?;
+    }
+    println!("after {event}: a new connection worked {first:?} after the handshake, hashes equal");
+    Ok(())
+}
+
+#[test]
+#[ignore = "boots a guest: cargo xtask test"]
+fn streams_survive_a_pause_and_end_with_whatever_else_happens() -> Result<()> {
+    let mut scene = Scene::start()?;
+    pause(&scene)?;
+    agent_killed(&scene)?;
+    agent_terminated(&scene)?;
+    driver_unbound(&scene)?;
+    guest_reset(&scene)?;
+    qemu_replaced(&mut scene)?;
+    daemon_terminated(&mut scene)
+}
+
+/// QMP `stop` for 20 s in mid-traffic, then `cont`: nothing is lost at all.
+fn pause(scene: &Scene) -> Result<()> {
+    const PAUSE: Duration = Duration::from_secs(20);
+    let mut caller = Caller::new(&scene.peer)?;
+    caller.call(b"before")?;
+    let address = &scene.peer;
+    let transfers: Vec<_> = [peer::upload, peer::download, peer::echo]
+        .into_iter()
+        .map(|transfer| {
+            let address = address.clone();
+            std::thread::spawn(move || transfer(&address, 64 * MIB, seed()))
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(500));
+    scene.guest.stop()?;
+    ensure!(
+        transfers.iter().all(|transfer| !transfer.is_finished()),
+        "the pause came too late to be in mid-traffic"
+    );
+    std::thread::sleep(PAUSE);
+    scene.guest.cont()?;
+    for transfer in transfers {
+        transfer.join().expect("no panic")?;
+    }
+    caller.call(b"after")?;
+    ensure!(scene.sessions() == 1, "the pause cost a session");
+    println!("after stop and cont: three transfers of 64 MiB under way, all hashes equal");
+    Ok(())
+}
+
+fn agent_killed(scene: &Scene) -> Result<()> {
+    let (traffic, old) = (start_traffic(scene), Caller::new(&scene.peer)?);
+    let sessions = scene.sessions();
+    scene.guest.check("kill -9 $(pidof virtproxy-agent)")?;
+    let killed = Instant::now();
+    old.wait_end(SOON)?;
+    println!(
+        "after kill -9 of the agent: an old stream ended in {:?}",
+        killed.elapsed()
+    );
+    all_cut_off(traffic)?;
+    scene.daemon.wait_log("streams cut off", 1, SOON)?;
+    let first = scene.start_agent(sessions + 1)?;
+    check_new_streams(scene, first, "kill -9 of the agent")
+}
+
+fn agent_terminated(scene: &Scene) -> Result<()> {
+    let (traffic, old) = (start_traffic(scene), Caller::new(&scene.peer)?);
+    let sessions = scene.sessions();
+    scene.guest.check(
+        "p=$(pidof virtproxy-agent); kill $p; n=0; while [ -d /proc/$p ]; do sleep 0.1; n=$((n+1)); [ $n -lt 100 ]; done",
+    )?;
+    old.wait_end(SOON)?;
+    all_cut_off(traffic)?;
+    let first = scene.start_agent(sessions + 1)?;
+    check_new_streams(scene, first, "SIGTERM of the agent")
+}
+
+fn driver_unbound(scene: &Scene) -> Result<()> {
+    let (traffic, old) = (start_traffic(scene), Caller::new(&scene.peer)?);
+    let sessions = scene.sessions();
+    let device = scene.guest.check(
+        "cd /sys/bus/virtio/drivers/virtio_console; for d in virtio*; do echo $d > unbind; echo $d; done",
+    )?;
+    std::thread::sleep(Duration::from_millis(300));
+    scene.guest.check(&format!(
+        "echo {device} > /sys/bus/virtio/drivers/virtio_console/bind"
+    ))?;
+    let first = scene.wait_session(sessions + 1)?;
+    old.wait_end(SOON)?;
+    all_cut_off(traffic)?;
+    check_new_streams(scene, first, "unbind and bind of the driver")
+}
+
+fn guest_reset(scene: &Scene) -> Result<()> {
+    let (traffic, old) = (start_traffic(scene), Caller::new(&scene.peer)?);
+    let sessions = scene.sessions();
+    scene.guest.reset()?;
+    old.wait_end(SOON)?;
+    all_cut_off(traffic)?;
+    scene.prepare_guest()?;
+    let first = scene.start_agent(sessions + 1)?;
+    check_new_streams(scene, first, "system_reset")
+}
+
+fn qemu_replaced(scene: &mut Scene) -> Result<()> {
+    let (traffic, old) = (start_traffic(scene), Caller::new(&scene.peer)?);
+    let sessions = scene.sessions();
+    scene.replace_guest()?;
+    old.wait_end(SOON)?;
+    all_cut_off(traffic)?;
+    let first = scene.start_agent(sessions + 1)?;
+    check_new_streams(scene, first, "a new QEMU")
+}
+
+/// The daemon ends in order and removes its socket.
+fn daemon_terminated(scene: &mut Scene) -> Result<()> {
+    let (traffic, old) = (start_traffic(scene), Caller::new(&scene.peer)?);
+    let status = scene.daemon.terminate()?;
+    old.wait_end(SOON)?;
+    all_cut_off(traffic)?;
+    ensure!(status.code() == Some(0), "the daemon ended with {status}");
+    ensure!(
+        !scene.folder.join("vp.sock").exists(),
+        "the device's socket is still there"
+    );
+    println!("after SIGTERM of the daemon: exit code 0, its socket removed");
+    Ok(())
+}
