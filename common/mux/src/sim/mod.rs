@@ -257,7 +257,8 @@ impl Pair {
             Op::LinkDown(to_a, to_b) => self.link_down([to_a, to_b]),
             Op::Corrupt(side, place, mask) => {
                 if self.pipes[at(side)].flip(usize::from(place), mask) {
-                    self.ends[at(side.other())].tainted = true;
+                    // Both: whom a damaged grant deceives, the other end will blame.
+                    self.ends.iter_mut().for_each(|end| end.tainted = true);
                 }
             }
             Op::Run(units) => self.run(Time::from(units) * 10),
@@ -417,10 +418,13 @@ impl Pair {
     fn check_quiet(&mut self) {
         let [a, b] = &self.ends;
         for (one, other) in [(a, b), (b, a)] {
+            let (mine, theirs) = (one.session.session_credit(), other.session.session_credit());
+            assert_eq!(mine.send, theirs.granted, "the session's credit leaks");
+            let window = one.session.peer().map(|peer| peer.session_window);
             assert_eq!(
-                one.session.session_credit().send,
-                other.session.session_credit().granted,
-                "the session's credit leaks"
+                Some(mine.send + theirs.returnable),
+                window,
+                "the session's window shrinks"
             );
             for (id, local) in &one.locals {
                 let Some(mine) = one.session.stream_credit(*id) else {

@@ -1,0 +1,161 @@
+//! Raw bytes into one session: from the start, or behind a sound handshake with a few streams open.
+//!
+//! The first byte chooses the start and in what pieces the rest arrives. Whatever comes, the session must not panic, must keep its
+//! invariants and must stay within its memory.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use virtproxy_mux::frame::{MAX_CONTROL_FRAME, kind};
+use virtproxy_mux::{Config, Event, Hello, Reason, Session, StreamId, Transmit};
+
+const EPOCH: u64 = 0x1111_1111_1111_1111;
+const PEER: u64 = 0x2222_2222_2222_2222;
+
+struct Driver {
+    session: Session,
+    now: u64,
+    streams: Vec<(StreamId, usize)>,
+    /// Whether output is taken.
+    drains: bool,
+}
+
+impl Driver {
+    fn feed(&mut self, bytes: &[u8], step: usize) {
+        let mut rest = bytes;
+        while !rest.is_empty() && !self.session.is_ended() {
+            self.now += 50;
+            let now = &rest[..rest.len().min(step)];
+            let used = match self.session.payload() {
+                Some(payload) => {
+                    let n = payload.remaining.min(now.len());
+                    if let Some(id) = payload.stream {
+                        self.hold(id, n);
+                    }
+                    self.session.payload_taken(n);
+                    n
+                }
+                None => self.session.handle_bytes(self.now, now),
+            };
+            rest = &rest[used..];
+            let mut events = 0;
+            while let Some(event) = self.session.poll_event() {
+                events += 1;
+                self.act(event);
+            }
+            assert!(used + events > 0, "input neither used nor answered");
+            if self.drains {
+                self.transmit();
+            }
+            self.check();
+        }
+        self.transmit();
+        self.check();
+    }
+
+    fn hold(&mut self, id: StreamId, n: usize) {
+        match self.streams.iter_mut().find(|(known, _)| *known == id) {
+            Some((_, held)) => *held += n,
+            None => self.session.consumed(self.now, id, n),
+        }
+    }
+
+    fn forget(&mut self, id: StreamId) {
+        if let Some(place) = self.streams.iter().position(|(known, _)| *known == id) {
+            let (_, held) = self.streams.swap_remove(place);
+            self.session.consumed(self.now, id, held);
+        }
+    }
+
+    fn act(&mut self, event: Event) {
+        match event {
+            Event::Asked { stream, service } => match service.len() % 4 {
+                0 => self.session.refuse(stream, Reason::NoSuchService, &service),
+                1 => self.streams.push((stream, 0)),
+                _ => {
+                    self.session.accept(stream);
+                    self.session.set_readable(stream);
+                    self.streams.push((stream, 0));
+                }
+            },
+            Event::Accepted(stream) => self.session.set_readable(stream),
+            Event::Refused { stream, .. } | Event::Reset { stream, .. } => self.forget(stream),
+            Event::Finished(stream) => {
+                self.session.finish(stream);
+                self.forget(stream);
+            }
+            Event::Ended(_) => self.streams.clear(),
+            _ => {}
+        }
+    }
+
+    fn transmit(&mut self) {
+        let mut buf = [0; MAX_CONTROL_FRAME];
+        for turn in 0..200 {
+            match self.session.poll_transmit(self.now, 8192, &mut buf) {
+                None => break,
+                Some(Transmit::Control(len)) => assert!((1..=buf.len()).contains(&len)),
+                Some(Transmit::Data { stream, max }) if turn < 100 => {
+                    self.session.sent(stream, max.min(1000));
+                }
+                Some(Transmit::Data { stream, .. }) => self.session.blocked(stream),
+            }
+        }
+    }
+
+    fn check(&self) {
+        self.session.check_invariants();
+        assert!(self.session.backlog() < 4096, "a line without bound");
+        let held: usize = self.streams.iter().map(|(_, held)| held).sum();
+        assert!(held as u64 <= self.session.committed());
+    }
+}
+
+fuzz_target!(|data: &[u8]| {
+    let Some((how, bytes)) = data.split_first() else {
+        return;
+    };
+    let config = Config {
+        max_streams: 16,
+        initial_window: 8192,
+        max_window: 65536,
+        session_window: 65536,
+        memory: 1 << 20,
+        max_frame: 4096,
+        ..Config::default()
+    };
+    let mut driver = Driver {
+        session: Session::new(config, EPOCH),
+        now: 1,
+        streams: Vec::new(),
+        drains: how & 2 != 0,
+    };
+    let step = [1, 3, 7, usize::MAX][usize::from(how >> 6)];
+    if how & 1 != 0 {
+        let hello = Hello {
+            min_version: 1,
+            max_version: 1,
+            epoch: PEER,
+            ack: EPOCH,
+            features: 0,
+            max_frame: 65536,
+            session_window: 65536,
+            max_streams: 16,
+            product: String::new(),
+        };
+        driver.feed(&hello.encode(), usize::MAX);
+        assert!(driver.session.is_established());
+        for number in 0..u32::from(how >> 2 & 7) {
+            let Ok(id) = driver.session.open("fuzz") else {
+                continue;
+            };
+            driver.streams.push((id, 0));
+            driver.transmit();
+            let accept = [kind::ACCEPT, 4, 0, 0, 0, 0, 0, 0x80, 0, 16, 0, 0];
+            let mut accept = accept;
+            accept[4] = number.to_le_bytes()[0];
+            driver.feed(&accept, usize::MAX);
+        }
+    }
+    driver.feed(bytes, step);
+});
