@@ -22,12 +22,7 @@
 //!
 //! The descriptor is not given to tokio itself: tokio keeps a `HUP` it once saw as "closed", for good, but
 //! on a virtio port it is a state that comes and goes, and a waiting task would spin. Instead each link
-//! has a small epoll of its own, and tokio watches *that*: an epoll descriptor is readable while it has
-//! events, and never hangs up.
-//!
-//! ```text
-//!     port --edge-triggered--> own epoll --readable--> tokio's epoll --> the task
-//! ```
+//! has an [`Edges`] of its own.
 //!
 //! *No wake-up is lost*: the port's epoll is edge-triggered, so every call that says `Wait` has seen
 //! `EAGAIN` (or an idle source) first, and whatever changes after that is a new edge. Adding interest in
@@ -45,13 +40,12 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Token};
-use tokio::io::unix::AsyncFd;
 
 use crate::channel::{Link, Progress, Sink, Source};
+use crate::edges::Edges;
 use crate::segment::{Segment, readv, writev};
 
 /// Bytes in one segment of a receive: the most that one `read` of a virtio port gives.
@@ -65,7 +59,7 @@ pub const CHUNK: usize = 32 * 1024;
 
 /// A link over a file descriptor.
 pub struct FdLink {
-    edges: Edges,
+    watch: Watch,
     fd: OwnedFd,
     /// Room for one receive; untouched pages of it are not resident.
     inbound: Box<[u8]>,
@@ -83,7 +77,7 @@ impl FdLink {
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         set_nonblocking(fd.as_fd())?;
         Ok(FdLink {
-            edges: Edges::new(fd.as_fd())?,
+            watch: Watch::new(fd.as_fd())?,
             fd,
             inbound: vec![0; PAGE * PAGES].into(),
             outbound: vec![0; CHUNK].into(),
@@ -150,7 +144,7 @@ impl Link for FdLink {
         if self.flush()? {
             let filled = source(&[Segment::from_slice(&mut self.outbound)]);
             if filled == 0 {
-                self.edges.watch_writable(self.fd.as_fd(), false)?;
+                self.watch.watch_writable(self.fd.as_fd(), false)?;
                 return Ok(Progress::Wait);
             }
             assert!(filled <= CHUNK, "the source wrote past its room");
@@ -159,37 +153,32 @@ impl Link for FdLink {
                 return Ok(Progress::Again);
             }
         }
-        self.edges.watch_writable(self.fd.as_fd(), true)?;
+        self.watch.watch_writable(self.fd.as_fd(), true)?;
         Ok(Progress::Wait)
     }
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.edges.poll_edge(cx)
+        self.watch.poll_edge(cx)
     }
 }
 
-/// The own epoll of one descriptor, seen by tokio as a thing that is readable while there is an edge.
-struct Edges {
-    epoll: AsyncFd<mio::Poll>,
+/// Watches the link's one descriptor.
+struct Watch {
+    edges: Edges,
     events: mio::Events,
     writable: bool,
 }
 
-impl Edges {
+impl Watch {
     /// Starts to watch `fd`, for everything: the first `send` tells whether to go on so.
     fn new(fd: BorrowedFd<'_>) -> io::Result<Self> {
-        let epoll = mio::Poll::new()?;
+        let edges = Edges::new()?;
         let interest = Interest::READABLE | Interest::WRITABLE;
-        epoll
+        edges
             .registry()
             .register(&mut SourceFd(&fd.as_raw_fd()), Token(0), interest)?;
-        // SAFETY: `mio::Poll` owns its descriptor, which is the same one for as long as it lives.
-        let epoll = unsafe {
-            AsyncFd::register_with_interest(epoll, tokio::io::Interest::READABLE)
-                .map_err(|error| error.into_parts().1)?
-        };
-        Ok(Edges {
-            epoll,
+        Ok(Watch {
+            edges,
             // There is one descriptor, so there is at most one event.
             events: mio::Events::with_capacity(1),
             writable: true,
@@ -202,26 +191,18 @@ impl Edges {
                 true => Interest::READABLE | Interest::WRITABLE,
                 false => Interest::READABLE,
             };
-            let registry = self.epoll.get_ref().registry();
+            let registry = self.edges.registry();
             registry.reregister(&mut SourceFd(&fd.as_raw_fd()), Token(0), interest)?;
             self.writable = writable;
         }
         Ok(())
     }
 
+    /// Ready at an edge; a failure will show when the link is used.
     fn poll_edge(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
-            // An error: the runtime is shutting down, and nothing will be ready any more.
-            let Ok(mut guard) = ready!(self.epoll.poll_read_ready_mut(cx)) else {
-                return Poll::Ready(());
-            };
-            let epoll = guard.get_inner_mut();
-            match epoll.poll(&mut self.events, Some(Duration::ZERO)) {
-                Ok(()) => guard.clear_ready(),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => return Poll::Ready(()),
-            }
-            if !self.events.is_empty() {
+            ready!(self.edges.poll_ready(cx));
+            if self.edges.take(&mut self.events).is_err() || !self.events.is_empty() {
                 return Poll::Ready(());
             }
         }

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::ptr::null_mut;
 use std::thread;
+use std::time::Duration;
 
 use socket2::{Domain, Socket, Type};
 use tokio::time::timeout;
