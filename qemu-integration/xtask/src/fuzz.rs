@@ -7,9 +7,11 @@
 
 use crate::steps::run as run_command;
 use crate::workspace;
-use anyhow::{Context, Result};
-use std::fs;
-use std::process::Command;
+use anyhow::{Context, Result, bail};
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use virtproxy_lab::spawn;
 
 const CRATE: &str = "common/mux/fuzz";
 /// Named explicitly, so that build scripts and macros are built without instrumentation.
@@ -54,19 +56,13 @@ pub(crate) fn run(seconds: u32) -> Result<Option<String>> {
             fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         }
         let program = build.join(TRIPLE).join("release").join(&target);
-        run_command(
-            Command::new(&program)
-                .arg(&corpus)
-                .arg(format!("-artifact_prefix={}/", artifacts.display()))
-                .arg(format!("-max_total_time={seconds}"))
-                .args([
-                    "-timeout=10",
-                    "-rss_limit_mb=2048",
-                    "-use_value_profile=1",
-                    "-print_final_stats=1",
-                ]),
-        )
-        .with_context(|| {
+        let mut command = Command::new(&program);
+        command
+            .arg(&corpus)
+            .arg(format!("-artifact_prefix={}/", artifacts.display()))
+            .arg(format!("-max_total_time={seconds}"))
+            .args(["-timeout=10", "-rss_limit_mb=2048", "-use_value_profile=1"]);
+        one(&mut command, &build.join(format!("{target}.log"))).with_context(|| {
             format!(
                 "the fuzz target {target} found something: its input is in {}",
                 artifacts.display()
@@ -74,4 +70,33 @@ pub(crate) fn run(seconds: u32) -> Result<Option<String>> {
         })?;
     }
     Ok(None)
+}
+
+/// Runs one target; its many lines go to a file, of which the end is shown.
+fn one(command: &mut Command, log: &Path) -> Result<()> {
+    eprintln!("$ {}", spawn::shown(command));
+    let file = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
+    let file_too = file.try_clone().context("cannot share the log")?;
+    let status = command
+        .stdin(Stdio::null())
+        .stdout(file)
+        .stderr(file_too)
+        .status();
+    let status = status.context("cannot run the fuzz target")?;
+    let text = fs::read(log).with_context(|| format!("cannot read {}", log.display()))?;
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<_> = text.lines().collect();
+    if !status.success() {
+        bail!(
+            "{status}\n{}",
+            lines[lines.len().saturating_sub(40)..].join("\n")
+        );
+    }
+    for line in lines
+        .iter()
+        .filter(|line| line.contains("DONE ") || line.starts_with("Done "))
+    {
+        eprintln!("  {line}");
+    }
+    Ok(())
 }
