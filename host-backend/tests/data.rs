@@ -10,6 +10,7 @@ use frontend::guest::{DEVICE_ADD, MAX_WRITE, PAGE, PORT_NAME, PORT_OPEN};
 use frontend::{Guest, Host, NAME, Pattern, Setup, connected, device, log, socket_path};
 use virtproxy_engine::channel::{Channel, Progress};
 use virtproxy_host::device::{Device, PortSpec};
+use vm_memory::{Bytes, GuestAddress};
 
 /// The guest writes and reads so many bytes of the patterns at once.
 fn exchange(
@@ -170,6 +171,66 @@ fn an_idle_link_neither_wakes_nor_kicks() {
     assert_eq!(host.receive(1), b"z");
     let after: u64 = guest.rings.iter().map(|ring| ring.kicks).sum();
     assert_eq!(after - before, 1, "one kick for one byte");
+}
+
+#[test]
+fn a_full_ring_is_worth_a_kick_when_a_quarter_is_free() {
+    let (_handle, _port, mut guest, mut host) = connected(Setup::default());
+    let ring = Guest::ring_in(0);
+    assert_eq!(host.send_now(&[1; 300 * PAGE]).unwrap(), 256 * PAGE);
+    while host.wait(Duration::from_millis(50)) {
+        assert_eq!(host.send_now(&[2; PAGE]).unwrap(), 0, "the ring is full");
+    }
+    let before = guest.rings[ring].kicks;
+    for _ in 0..63 {
+        assert_eq!(guest.take(0, PAGE).len(), PAGE);
+    }
+    assert_eq!(guest.rings[ring].kicks, before);
+    assert_eq!(guest.take(0, PAGE).len(), PAGE);
+    assert_eq!(guest.rings[ring].kicks, before + 1);
+    assert!(host.wait(Duration::from_secs(5)));
+    assert_eq!(host.send_now(&[3; 300 * PAGE]).unwrap(), 64 * PAGE);
+}
+
+#[test]
+fn a_driver_with_few_or_small_buffers_is_not_waited_for_in_vain() {
+    // Three buffers in a ring of 256; then buffers that make up the least room only together.
+    for (count, len) in [(3, 4096), (8, 520), (64, 100)] {
+        let path = socket_path();
+        let (_handle, mut port) = device(&path);
+        let mut guest = Guest::connect(&path, Setup::default());
+        guest.start(&[0; 4]);
+        guest.fill(2);
+        for _ in 0..count {
+            let buffer = guest.buffer(0, guest.rings[0].next_head().unwrap());
+            guest.rings[0].add(&[(buffer, len)], true).unwrap();
+        }
+        guest.rings[0].notify();
+        guest.control(0, PORT_OPEN, 1);
+        let mut host = Host::open(&mut port);
+        const TOTAL: usize = 1 << 20;
+        let thread = thread::spawn(move || {
+            let (mut pattern, mut left) = (Pattern::new(9), TOTAL);
+            while left > 0 {
+                let Some((head, used)) = guest.rings[0].pop() else {
+                    guest.rings[0].wait_used();
+                    continue;
+                };
+                let buffer = guest.buffer(0, head);
+                let mut bytes = vec![0; used as usize];
+                guest
+                    .memory
+                    .read_slice(&mut bytes, GuestAddress(buffer))
+                    .unwrap();
+                pattern.expect(&bytes);
+                left -= bytes.len();
+                guest.rings[0].add(&[(buffer, len)], true).unwrap();
+                guest.rings[0].notify();
+            }
+        });
+        host.send(&Pattern::new(9).take(TOTAL));
+        thread.join().unwrap();
+    }
 }
 
 #[test]

@@ -312,6 +312,11 @@ impl VhostUserBackend for Backend {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
     }
 
+    /// QEMU stops the rings instead; this is for other frontends.
+    fn reset_device(&self) {
+        self.shared.restart();
+    }
+
     /// The library did it.
     fn set_event_idx(&self, _enabled: bool) {}
 

@@ -48,11 +48,16 @@ impl Control {
         self.rings = rings;
     }
 
+    /// There is no driver any more.
+    pub(super) fn restart(&mut self) {
+        self.machine.reset();
+        self.heard = false;
+    }
+
     /// The frontend is gone.
     pub(super) fn detach(&mut self) {
-        self.machine.reset();
+        self.restart();
         self.rings = None;
-        self.heard = false;
     }
 
     /// Whether the frontend has set the queues up at all.

@@ -194,6 +194,12 @@ impl Shared {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The device is as it was before any driver came.
+    fn restart(&self) {
+        self.control().restart();
+        self.ports.iter().for_each(Cell::restart);
+    }
+
     /// The frontend is gone.
     fn detach(&self) {
         self.control().detach();

@@ -33,6 +33,7 @@ use super::quiet::Quiet;
 use super::ring::{self, Batch, Direction, Fault};
 use super::sessions::{Sessions, Standing, chains_left};
 use super::signal::Signal;
+use super::to_guest::Pace;
 use super::vring::{Memory, Vring, is_running};
 use super::{Shared, from_guest, to_guest};
 
@@ -281,7 +282,7 @@ impl Channel for Port {
                         index: self.index,
                         generation,
                         batch: Batch::default(),
-                        appetite: to_guest::FEWEST,
+                        pace: Pace::new(),
                     };
                     self.cell().link.set();
                     return Poll::Ready(Ok(Box::new(link) as Box<dyn Link>));
@@ -312,8 +313,7 @@ struct PortLink {
     generation: u64,
     /// Only its buffers matter from call to call.
     batch: Batch<'static>,
-    /// How many buffers to offer next time.
-    appetite: usize,
+    pace: Pace,
 }
 
 impl Link for PortLink {
@@ -334,7 +334,7 @@ impl Link for PortLink {
         state.check_restart();
         match (state.sessions.standing(self.generation), &state.rings) {
             (Standing::Open, Some(rings)) => {
-                to_guest::send(cell, rings, &mut self.appetite, &mut self.batch, source)
+                to_guest::send(cell, rings, &mut self.pace, &mut self.batch, source)
             }
             // The end of what the guest wrote is yet to be received.
             (Standing::Closed { .. }, Some(_)) => Ok(Progress::Wait),

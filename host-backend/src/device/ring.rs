@@ -261,6 +261,18 @@ pub(super) fn notify(
     Ok(())
 }
 
+/// Asks for a kick when there are `count` more chains than were taken; true if they are there already. Without
+/// EVENT_IDX the kick comes for the first of them.
+pub(super) fn arm(queue: &mut Queue, memory: &GuestMemoryMmap, count: u16) -> Result<bool, Fault> {
+    let next = queue.next_avail();
+    // The library asks for a kick at the chain that it would take next.
+    queue.set_next_avail(next.wrapping_add(count - 1));
+    let armed = queue.enable_notification(memory);
+    queue.set_next_avail(next);
+    armed?;
+    Ok(distance(next, available_to(queue, memory)) >= count)
+}
+
 /// Without EVENT_IDX the driver says with a flag that it wants no interrupts.
 fn interrupts_off(queue: &Queue, memory: &GuestMemoryMmap) -> bool {
     memory
