@@ -22,7 +22,7 @@
 //!
 //! The descriptor is not given to tokio itself: tokio keeps a `HUP` it once saw as "closed", for good, but
 //! on a virtio port it is a state that comes and goes, and a waiting task would spin. Instead each link
-//! has an [`Edges`] of its own.
+//! has an `edges::Edges` of its own.
 //!
 //! *No wake-up is lost*: the port's epoll is edge-triggered, so every call that says `Wait` has seen
 //! `EAGAIN` (or an idle source) first, and whatever changes after that is a new edge. Adding interest in

@@ -8,11 +8,11 @@
 //!
 //! A *turn* does a bounded piece of everything:
 //!
-//! 1. local events: accept clients, note readiness, write backlogs on ([`locals`]);
+//! 1. local events: accept clients, note readiness, write backlogs on (`locals`);
 //! 2. input: one batch from the link goes through the session; data is written straight from the link's memory to
-//!    its socket, and what the socket does not take goes to the stream's backlog, never back ([`input`]);
+//!    its socket, and what the socket does not take goes to the stream's backlog, never back (`input`);
 //! 3. output: while the session has frames and the link has room, control frames are copied in, and data is read from
-//!    its socket straight into the link's memory behind the room for its header ([`output`]).
+//!    its socket straight into the link's memory behind the room for its header (`output`).
 //!
 //! When a turn moves nothing, the driver sleeps until the link, a socket, a connect, a deadline or the shutdown
 //! wakes it. The reader never waits for a writer, so nothing here can deadlock.
