@@ -28,7 +28,7 @@ Exit codes:
 /// The flags both programs share.
 #[derive(Args, Debug)]
 pub struct Options {
-    /// The channel to the other end [METHOD:ADDR:PORT[:ID]]
+    /// The channel to the other end
     #[arg(
         short = 'c',
         long = "channel",
