@@ -3,10 +3,10 @@
 
 mod support;
 
-use support::{Bench, EPOCH, PEER, Sent, YOURS, address, frame, hello, reason, word};
+use support::{Bench, EPOCH, PEER, Sent, YOURS, address, frame, hello, open, reason, word};
 use virtproxy_mux::frame::kind;
 use virtproxy_mux::session::MIN_WINDOW;
-use virtproxy_mux::{Config, End, Event, OpenError, Reason};
+use virtproxy_mux::{Config, End, Event, OpenError, Reason, Transmit, Violation};
 
 /// More than the lines of a session with a handful of streams may ever hold.
 const BACKLOG: usize = 1024;
@@ -249,4 +249,225 @@ fn repeating_our_handshake_disturbs_no_living_peer() {
     bench.sent();
     bench.session.ping();
     assert_eq!(bench.sent(), [], "between frames there is nothing to ask");
+}
+
+#[test]
+fn an_unknown_service_is_refused_and_its_opener_told() {
+    let mut bench = Bench::new(Config::default());
+    let id = bench.asked(address(9, 0), 1 << 20);
+    bench
+        .session
+        .refuse(id, Reason::NoSuchService, "no http here");
+    let refusal = frame(kind::REFUSE, address(9, 0) | YOURS, b"\x01\0no http here");
+    assert_eq!(bench.sent(), [Sent::new(&refusal)]);
+    assert_eq!((bench.session.streams(), bench.session.committed()), (0, 0));
+
+    let stream = bench.session.open("http").unwrap();
+    bench.sent();
+    let refusal = reason(kind::REFUSE, YOURS, 1, "no http here");
+    let told = Event::Refused {
+        stream,
+        reason: Reason::NoSuchService,
+        text: "no http here".into(),
+    };
+    assert_eq!(bench.feed(&refusal), [told]);
+    assert_eq!((bench.session.streams(), bench.session.committed()), (0, 0));
+}
+
+#[test]
+fn refusals_that_are_never_read_are_bounded_by_the_limit_of_streams() {
+    let mut bench = Bench::new(Config {
+        max_streams: 64,
+        ..Config::default()
+    });
+    let text = "x".repeat(1000);
+    for slot in 0..64 {
+        let id = bench.asked(address(slot, 0), 1 << 20);
+        bench.session.refuse(id, Reason::TargetRefused, &text);
+    }
+    // Nothing was sent, so the slots are not free again, and a peer that takes them is at fault.
+    let events = bench.feed(&open(address(0, 1), 1 << 20, "x"));
+    assert_eq!(events, [Event::Ended(End::Violation(Violation::BadOpen))]);
+}
+
+#[test]
+fn open_and_reset_without_end_leave_nothing_behind() {
+    let mut bench = Bench::new(Config {
+        max_streams: 256,
+        ..Config::default()
+    });
+    for n in 0..50_000 {
+        let at = address(n % 256, n / 256);
+        let id = bench.asked(at, 1 << 20);
+        bench.session.accept(id);
+        bench.session.set_readable(id);
+        bench.feed(&reason(kind::RESET, at, 8, ""));
+    }
+    assert_eq!((bench.session.streams(), bench.session.committed()), (0, 0));
+    assert!(bench.session.backlog() < BACKLOG);
+    assert_eq!(
+        bench.sent(),
+        [],
+        "streams that are gone have nothing to say"
+    );
+}
+
+#[test]
+fn frames_for_streams_that_never_were_touch_nothing() {
+    let mut bench = Bench::new(Config::default());
+    for at in [
+        address(3, 0),
+        address(1_048_575, 2047),
+        address(3, 0) | YOURS,
+    ] {
+        let mut frames = frame(kind::DATA, at, &[7; 100]);
+        frames.extend(frame(kind::FIN, at, &[]));
+        frames.extend(word(kind::CREDIT, at, 1));
+        frames.extend(word(kind::ACCEPT, at, 1));
+        frames.extend(reason(kind::REFUSE, at, 1, ""));
+        frames.extend(reason(kind::RESET, at, 1, ""));
+        assert_eq!(bench.feed(&frames), []);
+    }
+    assert!(bench.data.iter().all(|(stream, _)| stream.is_none()));
+    assert_eq!(bench.session.stats().late_frames, 18);
+    assert_eq!(bench.session.committed(), 0);
+}
+
+#[test]
+fn session_credit_comes_back_for_data_that_nobody_wants() {
+    let config = Config {
+        session_window: 65536,
+        ..Config::default()
+    };
+    let mut bench = Bench::new(config);
+    let mut returned = 0;
+    for _ in 0..1000 {
+        bench.feed(&frame(kind::DATA, address(77, 0), &[0; 1000]));
+        for sent in bench.sent() {
+            let Sent::Frame(kind::SESSION_CREDIT, 0, bytes) = &sent else {
+                panic!("{sent:?}");
+            };
+            returned += u32::from_le_bytes(bytes[..].try_into().unwrap());
+        }
+    }
+    assert!(returned > 1_000_000 - 65536);
+}
+
+#[test]
+fn the_window_of_all_streams_together_is_enforced() {
+    let config = Config {
+        session_window: 65536,
+        max_frame: 16384,
+        ..Config::default()
+    };
+    let mut bench = Bench::new(config);
+    for slot in 0..5 {
+        bench.accepted(address(slot, 0), 1 << 20);
+    }
+    // No turn to send is given, so no credit goes back.
+    for slot in 0..4 {
+        let data = frame(kind::DATA, address(slot, 0), &[0; 16384]);
+        assert_eq!(bench.feed(&data), []);
+    }
+    let events = bench.feed(&frame(kind::DATA, address(4, 0), &[0]));
+    let overdrawn = End::Violation(Violation::CreditOverdrawn);
+    assert_eq!(events, [Event::Ended(overdrawn)]);
+}
+
+#[test]
+fn a_flood_of_pings_owes_one_pong() {
+    let mut bench = Bench::new(Config::default());
+    for token in 0..100_000_u64 {
+        bench.feed(&frame(kind::PING, 0, &token.to_le_bytes()));
+    }
+    let last = 99_999_u64.to_le_bytes().to_vec();
+    assert_eq!(bench.sent(), [Sent::Frame(kind::PONG, 0, last)]);
+    assert!(bench.session.backlog() < 8);
+}
+
+#[test]
+fn what_holds_for_whole_batches_holds_byte_by_byte() {
+    for step in [1, 2, 7, 13] {
+        let mut bench = Bench::new(Config::default());
+        bench.step = step;
+        let id = bench.accepted(address(0, 0), 1 << 20);
+        let mut bytes = frame(kind::DATA, address(0, 0), b"one ");
+        bytes.extend(frame(0x81, 0, b"skip me"));
+        bytes.extend(frame(kind::DATA, address(0, 0), b"two"));
+        bytes.extend(frame(kind::FIN, address(0, 0), &[]));
+        assert_eq!(bench.feed(&bytes), [Event::Finished(id)]);
+        let wanted = bench.data.iter().filter(|(stream, _)| *stream == Some(id));
+        let data: Vec<u8> = wanted.flat_map(|(_, bytes)| bytes.clone()).collect();
+        assert_eq!(data, b"one two");
+    }
+}
+
+#[test]
+fn the_end_of_one_direction_leaves_the_other() {
+    let mut bench = Bench::new(Config::default());
+    let id = bench.accepted(address(0, 0), 1 << 20);
+    assert_eq!(
+        bench.feed(&frame(kind::FIN, address(0, 0), &[])),
+        [Event::Finished(id)]
+    );
+    bench.session.set_readable(id);
+    let mut buf = [0; 512];
+    let turn = bench.session.poll_transmit(bench.now, 8192, &mut buf);
+    assert!(matches!(turn, Some(Transmit::Data { stream, .. }) if stream == id));
+    bench.session.sent(id, 10);
+    bench.session.finish(id);
+    assert_eq!(bench.sent(), [Sent::Frame(kind::FIN, YOURS, vec![])]);
+    assert_eq!((bench.session.streams(), bench.session.committed()), (0, 0));
+}
+
+#[test]
+fn a_stream_without_credit_is_given_no_turn_and_the_others_are() {
+    let mut bench = Bench::new(Config::default());
+    let stuck = bench.accepted(address(0, 0), 0);
+    let free = bench.accepted(address(1, 0), 100);
+    bench.session.set_readable(stuck);
+    bench.session.set_readable(free);
+    let mut buf = [0; 512];
+    let turn =
+        |bench: &mut Bench, buf: &mut [u8]| bench.session.poll_transmit(bench.now, 8192, buf);
+    let expected = Transmit::Data {
+        stream: free,
+        max: 100,
+    };
+    assert_eq!(turn(&mut bench, &mut buf), Some(expected));
+    bench.session.sent(free, 100);
+    assert_eq!(turn(&mut bench, &mut buf), None);
+    bench.feed(&word(kind::CREDIT, address(0, 0), 7));
+    let expected = Transmit::Data {
+        stream: stuck,
+        max: 7,
+    };
+    assert_eq!(turn(&mut bench, &mut buf), Some(expected));
+}
+
+#[test]
+fn a_reset_takes_back_every_grant_and_keeps_what_is_held() {
+    let mut bench = Bench::new(Config::default());
+    let id = bench.accepted(address(0, 0), 1 << 20);
+    bench.feed(&frame(kind::DATA, address(0, 0), &[0; 5000]));
+    bench.session.consumed(bench.now, id, 1000);
+    bench.session.reset(id, Reason::ConnectionBroken, "");
+    assert_eq!(bench.session.committed(), 4000, "what the local side holds");
+    bench.session.consumed(bench.now, id, 4000);
+    assert_eq!(bench.session.committed(), 0);
+}
+
+#[test]
+fn a_stream_reset_here_in_mid_frame_takes_no_more() {
+    let mut bench = Bench::new(Config::default());
+    let id = bench.accepted(address(0, 0), 1 << 20);
+    let data = frame(kind::DATA, address(0, 0), &[0; 5000]);
+    bench.feed(&data[..2008]);
+    bench.session.reset(id, Reason::ConnectionBroken, "");
+    bench.feed(&data[2008..]);
+    // The driver has dropped it all, and says so.
+    bench.session.consumed(bench.now, id, 5000);
+    assert_eq!(bench.session.committed(), 0);
+    bench.sent();
+    assert_eq!(bench.session.streams(), 0);
 }

@@ -131,7 +131,7 @@ impl Sent {
         }
     }
 
-    fn new(bytes: &[u8]) -> Self {
+    pub(crate) fn new(bytes: &[u8]) -> Self {
         if bytes[0] == kind::HELLO {
             return Sent::Hello(bytes.to_vec());
         }
