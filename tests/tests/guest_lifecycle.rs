@@ -64,6 +64,7 @@ fn streams_survive_a_pause_and_end_with_whatever_else_happens() -> Result<()> {
     pause(&scene)?;
     agent_killed(&scene)?;
     agent_terminated(&scene)?;
+    port_busy(&scene)?;
     driver_unbound(&scene)?;
     guest_reset(&scene)?;
     qemu_replaced(&mut scene)?;
@@ -126,6 +127,33 @@ fn agent_terminated(scene: &Scene) -> Result<()> {
     all_cut_off(traffic)?;
     let first = scene.start_agent(sessions + 1)?;
     check_new_streams(scene, first, "SIGTERM of the agent")
+}
+
+/// Another program holds the port: the agent says so, waits without spinning, and takes it when it is free.
+fn port_busy(scene: &Scene) -> Result<()> {
+    let sessions = scene.sessions();
+    scene.guest.check(
+        "kill $(pidof virtproxy-agent); sleep 1; setsid sleep 1000 </dev/vport*p1 >/dev/null 2>&1 & sleep 0.2",
+    )?;
+    let agent = std::thread::scope(|threads| -> Result<_> {
+        let starting = threads.spawn(|| scene.start_agent(sessions + 1));
+        std::thread::sleep(Duration::from_secs(1));
+        let before = scene.agent_usage()?;
+        std::thread::sleep(Duration::from_secs(4));
+        let after = scene.agent_usage()?;
+        scene.guest.check("kill $(pidof sleep | cut -d' ' -f1)")?;
+        let first = starting.join().expect("no panic")?;
+        Ok((after.cpu.checked_sub(before.cpu).unwrap_or_default(), first))
+    });
+    let (cpu, first) = agent?;
+    let log = scene.agent_log();
+    ensure!(
+        log.contains("busy") || log.contains("holds"),
+        "the agent says: {log}"
+    );
+    println!("while the port was busy for 4 s the agent used {cpu:?} of CPU time");
+    ensure!(cpu < Duration::from_millis(200), "the agent spins: {cpu:?}");
+    check_new_streams(scene, first, "waiting for a busy port")
 }
 
 fn driver_unbound(scene: &Scene) -> Result<()> {

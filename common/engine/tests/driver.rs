@@ -1,9 +1,11 @@
 //! Two drivers, joined by a socket pair, between real local sockets.
 
+use std::fmt::Debug;
 use std::future::Future;
 use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -11,6 +13,9 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
 use tokio::time::timeout;
+use tracing::field::{Field, Visit};
+use tracing_subscriber::Layer;
+use tracing_subscriber::layer::{Context, SubscriberExt};
 use virtproxy_engine::channel::{BoxFuture, Channel, Link};
 use virtproxy_engine::driver::{Driver, Settings};
 use virtproxy_engine::fd_link::FdLink;
@@ -188,6 +193,62 @@ fn unix_sockets_and_the_reverse_direction_work() {
         assert!(!front.exists(), "the socket's file goes with its listener");
         std::fs::remove_dir_all(&dir).unwrap();
     });
+}
+
+#[test]
+fn names_and_ipv6_addresses_work() {
+    run(async {
+        let server = TcpListener::bind("localhost:0").await.unwrap();
+        let target = server.local_addr().unwrap().port();
+        let port = std::net::TcpListener::bind("[::1]:0")
+            .and_then(|listener| listener.local_addr())
+            .unwrap()
+            .port();
+        let near = end(settings(), &[format!("who:[::1]:{port}")], &[]).await;
+        let far = end(settings(), &[], &[format!("who:localhost:{target}")]).await;
+        join(&near, &far);
+        let mut client = connect(&format!("[::1]:{port}")).await;
+        let (mut served, _) = server.accept().await.unwrap();
+        served.write_all(b"localhost").await.unwrap();
+        let mut answer = [0; 9];
+        client.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"localhost");
+    });
+}
+
+/// Collects the `hop` of each trace event.
+#[derive(Clone, Default)]
+struct Hops(Arc<Mutex<Vec<String>>>);
+
+impl<S: tracing::Subscriber> Layer<S> for Hops {
+    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+        event.record(&mut self.clone());
+    }
+}
+
+impl Visit for Hops {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        if field.name() == "hop" {
+            let hop = format!("{value:?}").replace('"', "");
+            self.0.lock().unwrap().push(hop);
+        }
+    }
+}
+
+#[test]
+fn a_byte_takes_its_hops_in_order() {
+    let hops = Hops::default();
+    let subscriber = tracing_subscriber::registry().with(hops.clone());
+    let _guard = tracing::subscriber::set_default(subscriber);
+    run(async {
+        let (target, address) = (echo_server().await, new_address());
+        let near = end(settings(), &[format!("echo:{address}")], &[]).await;
+        let far = end(settings(), &[], &[format!("echo:{target}")]).await;
+        join(&near, &far);
+        echo_through(address, vec![7]).await;
+    });
+    let there_and_back = ["socket-to-channel", "channel-to-socket"].repeat(2);
+    assert_eq!(*hops.0.lock().unwrap(), there_and_back);
 }
 
 #[test]
