@@ -471,3 +471,25 @@ fn a_stream_reset_here_in_mid_frame_takes_no_more() {
     bench.sent();
     assert_eq!(bench.session.streams(), 0);
 }
+
+#[test]
+fn a_reset_that_crosses_the_last_fin_does_not_hold_the_slot() {
+    let mut bench = Bench::new(Config::default());
+    let id = bench.accepted(address(0, 0), 1 << 20);
+    bench.session.finish(id);
+    bench.sent();
+    // Both ends are about to be done with it. We reset it, but the channel is full; the peer, which has our FIN, sends
+    // its own and takes the slot again.
+    bench.session.reset(id, Reason::ConnectionBroken, "");
+    assert_eq!(bench.feed(&frame(kind::FIN, address(0, 0), &[])), []);
+    bench.asked(address(0, 1), 1 << 20);
+    assert_eq!(bench.sent(), []);
+
+    // When our FIN was not sent either, the peer still waits for the RESET.
+    let id = bench.accepted(address(1, 0), 1 << 20);
+    bench.session.finish(id);
+    bench.session.reset(id, Reason::ConnectionBroken, "");
+    assert_eq!(bench.feed(&frame(kind::FIN, address(1, 0), &[])), []);
+    let reset = reason(kind::RESET, address(1, 0) | YOURS, 7, "");
+    assert_eq!(bench.sent(), [Sent::new(&reset)]);
+}

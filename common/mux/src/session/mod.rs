@@ -594,6 +594,9 @@ impl Session {
 /// Makes a stream one that is over but for its last frame.
 fn close(stream: &mut Stream, committed: &mut u64) {
     end_receiving(stream, committed);
+    if stream.owed.fin {
+        stream.sending = Half::Open; // the peer will never see that FIN
+    }
     stream.phase = Phase::Closing;
     stream.owed = crate::stream::Owed::default();
     stream.readable = false;

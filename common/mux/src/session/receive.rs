@@ -2,7 +2,8 @@
 
 use alloc::string::String;
 
-use super::{Event, Expect, Payload, Session, State, Time, end_receiving};
+use super::{Event, Expect, MAX_WINDOW, Payload, Session, State, Time, end_receiving};
+use crate::credit::Credit;
 use crate::frame::{
     HEADER_LEN, Header, MAX_CONTROL_FRAME, MAX_CONTROL_PAYLOAD, MAX_PAYLOAD, MAX_SERVICE_LEN,
     MAX_TEXT_LEN, kind, split_u16, split_u32, valid_service_name,
@@ -243,7 +244,11 @@ impl Session {
                     stream.owed.credit = false;
                     Ok(true)
                 }
-                (Phase::Closing, _) => Ok(false),
+                (Phase::Closing, _) => {
+                    // The peer has both FINs: for it the stream is over, and it may open another in the slot.
+                    stream.owed.reset &= stream.sending == Half::Open;
+                    Ok(false)
+                }
                 _ => Err(Violation::Unexpected(kind::FIN)),
             }
         });
@@ -476,8 +481,7 @@ impl Session {
             }
         } else if for_us {
             self.state = State::Established;
-            self.send =
-                crate::credit::Credit::new(hello.session_window.min(1 << 30)).unwrap_or_default();
+            self.send = Credit::new(hello.session_window.min(MAX_WINDOW)).unwrap_or_default();
             self.owed.ping = true;
             self.events.push_back(Event::Established(hello));
         }
