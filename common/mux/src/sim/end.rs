@@ -380,7 +380,7 @@ impl End {
         let mut buf = [0; MAX_CONTROL_FRAME];
         let mut busy = false;
         for _ in 0..=rng.below(BURST) {
-            let transmit = self.session.poll_transmit(now, pipe.room(), &mut buf);
+            let transmit = self.session.poll_transmit(now, pipe.room(now), &mut buf);
             match transmit {
                 None => break,
                 Some(Transmit::Control(len)) => pipe.push(now, &buf[..len]),

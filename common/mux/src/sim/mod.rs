@@ -243,6 +243,7 @@ impl Pair {
             }
             Op::Stall(side, micros) => {
                 self.stall(side, Time::from(micros));
+                self.pipes[at(side)].blocked = micros % 2 == 1;
             }
             Op::Deliver(side, split, latency) => {
                 let pipe = &mut self.pipes[at(side)];
@@ -379,7 +380,10 @@ impl Pair {
 
     /// When something will happen next.
     fn next_time(&self) -> Option<Time> {
-        let arrivals = self.pipes.iter().filter_map(Pipe::next_arrival);
+        let arrivals = self
+            .pipes
+            .iter()
+            .filter_map(|pipe| pipe.next_time(self.now));
         let locals = self.ends.iter().filter_map(End::next_time);
         arrivals.chain(locals).min()
     }

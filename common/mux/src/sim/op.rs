@@ -101,7 +101,7 @@ pub enum Op {
     Ping(Side),
     /// Takes no more streams.
     GoAway(Side),
-    /// What this end sends arrives no more for so many microseconds.
+    /// What this end sends arrives no more for so many microseconds; if they are odd, it can send nothing either.
     Stall(Side, u16),
     /// How what this end sends is delivered.
     Deliver(Side, Split, u16),

@@ -27,6 +27,8 @@ pub(crate) struct Pipe {
     pub(crate) capacity: usize,
     /// Nothing arrives before.
     pub(crate) stalled_until: Time,
+    /// Nor is anything taken.
+    pub(crate) blocked: bool,
     pub(crate) split: Split,
 }
 
@@ -38,11 +40,15 @@ impl Pipe {
             latency: 100,
             capacity,
             stalled_until: 0,
+            blocked: false,
             split: Split::Whole,
         }
     }
 
-    pub(crate) fn room(&self) -> usize {
+    pub(crate) fn room(&self, now: Time) -> usize {
+        if self.blocked && now < self.stalled_until {
+            return 0;
+        }
         self.capacity.saturating_sub(self.bytes.len())
     }
 
@@ -59,15 +65,18 @@ impl Pipe {
         self.bytes.extend(bytes);
     }
 
-    /// When the next bytes arrive.
-    pub(crate) fn next_arrival(&self) -> Option<Time> {
-        let (at, _) = self.batches.front()?;
-        Some((*at).max(self.stalled_until))
+    /// When the next bytes arrive, or can be sent again.
+    pub(crate) fn next_time(&self, now: Time) -> Option<Time> {
+        let unblocked = self.blocked && now < self.stalled_until;
+        let arrival = self.batches.front().map(|(at, _)| *at);
+        let next = arrival.or(unblocked.then_some(0))?;
+        Some(next.max(self.stalled_until))
     }
 
     /// Some of what has arrived.
     pub(crate) fn take(&mut self, now: Time, rng: &mut Rng) -> Vec<u8> {
-        if self.next_arrival().is_none_or(|at| at > now) {
+        let arrival = self.batches.front().map(|(at, _)| *at);
+        if arrival.is_none_or(|at| at.max(self.stalled_until) > now) {
             return Vec::new();
         }
         let arrived = self.batches.iter().take_while(|(at, _)| *at <= now);
