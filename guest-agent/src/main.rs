@@ -13,12 +13,15 @@ const PRODUCT: &str = concat!("virtproxy-agent ", env!("CARGO_PKG_VERSION"));
 
 const EXAMPLES: &str = "\
 Examples:
-  Serve this guest's web and SSH servers to the host, and reach the host's service \"pkg\" at 127.0.0.1:3142:
+  Serve this guest's web and SSH servers to the host, and reach the host's
+  service \"pkg\" at 127.0.0.1:3142:
     virtproxy-agent -c virtserial-open:/dev/virtio-ports/org.virtproxy.0:- \\
         -i http:127.0.0.1:80 -i ssh:127.0.0.1:22 -o pkg:127.0.0.1:3142
 
-  The port may be named without its path, where udev does not make one; UNIX sockets have - as PORT:
-    virtproxy-agent -c virtserial-open:org.virtproxy.0:- -i docker:/run/docker.sock:-";
+  The port may be named without its path, where udev does not make one; UNIX
+  sockets have - as PORT:
+    virtproxy-agent -c virtserial-open:org.virtproxy.0:- \\
+        -i docker:/run/docker.sock:-";
 
 /// The guest end of virtproxy: joins sockets of this guest to its host, over a virtio port.
 #[derive(Parser)]

@@ -16,14 +16,17 @@ const MUX_PORT: &str = "org.virtproxy.0";
 
 const EXAMPLES: &str = "\
 Examples:
-  Reach the guest's web server at http://127.0.0.1:9080/ and its SSH server at port 9022, and let the guest reach
-  this host's 127.0.0.1:3142 as \"pkg\":
-    virtproxy -c vhost-user:/run/vp.sock:- -o http:127.0.0.1:9080 -o ssh:127.0.0.1:9022 -i pkg:127.0.0.1:3142
+  Reach the guest's web server at http://127.0.0.1:9080/ and its SSH server at
+  port 9022, and let the guest reach this host's 127.0.0.1:3142 as \"pkg\":
+    virtproxy -c vhost-user:/run/vp.sock:- -o http:127.0.0.1:9080 \\
+        -o ssh:127.0.0.1:9022 -i pkg:127.0.0.1:3142
 
   Then start QEMU (10.2 or later) with shared memory and the device:
-    qemu-system-x86_64 ... -object memory-backend-memfd,id=mem0,size=256M,share=on \\
-        -machine q35,memory-backend=mem0 -chardev socket,id=vp,path=/run/vp.sock \\
-        -device vhost-user-test-device-pci,chardev=vp,virtio-id=3,num_vqs=4,config_size=12,vq_size=1024
+    qemu-system-x86_64 ... -machine q35,memory-backend=mem0 \\
+        -object memory-backend-memfd,id=mem0,size=256M,share=on \\
+        -chardev socket,id=vp,path=/run/vp.sock \\
+        -device vhost-user-test-device-pci,chardev=vp,virtio-id=3,\\
+num_vqs=4,config_size=12,vq_size=1024
 
   A UNIX socket has - as PORT:
     virtproxy -c vhost-user:/run/vp.sock:- -o docker:/run/guest-docker.sock:-";

@@ -69,7 +69,7 @@ fn wrong_flags_and_taken_places_have_fixed_exit_codes() -> Result<()> {
     virtproxy_tests::scene::wait_for(SOON, || socket.exists())?;
     let free = format!("vhost-user:{}:-", folder.join("free.sock").display());
     let cases: [(&[&str], i32, &[&str]); 13] = [
-        (&[], 2, &["--channel", "-c"]),
+        (&[], 2, &["-c <METHOD:ADDR:PORT"]),
         (
             &["-c", "vhost-usr:/run/vp.sock:-"],
             2,
@@ -91,7 +91,7 @@ fn wrong_flags_and_taken_places_have_fixed_exit_codes() -> Result<()> {
         (
             &["-c", &free, "-o", "http:127.0.0.1:80:blue"],
             2,
-            &["blue", "-c"],
+            &["-o", "blue", "-c"],
         ),
         (
             &["-c", &free, "--wait-for-peer", "soon"],
@@ -103,9 +103,13 @@ fn wrong_flags_and_taken_places_have_fixed_exit_codes() -> Result<()> {
             3,
             &["-o", &busy, "another program"],
         ),
-        (&["-c", &channel], 4, &["-c", "another virtproxy"]),
+        (&["-c", &channel], 4, &["-c", "another program listens"]),
         (&["-c", &file_channel], 4, &["is not a socket"]),
-        (&["-c", &missing], 4, &["no/such/vp.sock"]),
+        (
+            &["-c", &missing],
+            4,
+            &["no/such/vp.sock", "create the directory"],
+        ),
     ];
     for (words, code, texts) in cases {
         let (got, stderr) = run(words)?;
@@ -166,13 +170,13 @@ fn a_wrong_qemu_line_is_told_its_cure() -> Result<()> {
         },
         "config_size=12",
     )?;
-    // Too many queues: QEMU refuses to start, and says how many there are.
+    // Too many queues: QEMU refuses to start, and the daemon says how many there are.
     wrong_device(
         &DeviceOptions {
             num_vqs: 6,
             ..right
         },
-        "supported by the backend is 4",
+        "num_vqs=4",
     )
 }
 

@@ -133,7 +133,9 @@ fn agent_terminated(scene: &Scene) -> Result<()> {
 fn port_busy(scene: &Scene) -> Result<()> {
     let sessions = scene.sessions();
     scene.guest.check(
-        "kill $(pidof virtproxy-agent); sleep 1; setsid sleep 1000 </dev/vport*p1 >/dev/null 2>&1 & sleep 0.2",
+        "kill $(pidof virtproxy-agent); while pidof virtproxy-agent >/dev/null; do sleep 0.1; done\n\
+         setsid peer hold /dev/vport*p1 8 >/tmp/hold.log 2>&1 &\n\
+         until grep -q held /tmp/hold.log; do sleep 0.1; done",
     )?;
     let agent = std::thread::scope(|threads| -> Result<_> {
         let starting = threads.spawn(|| scene.start_agent(sessions + 1));
@@ -141,7 +143,6 @@ fn port_busy(scene: &Scene) -> Result<()> {
         let before = scene.agent_usage()?;
         std::thread::sleep(Duration::from_secs(4));
         let after = scene.agent_usage()?;
-        scene.guest.check("kill $(pidof sleep | cut -d' ' -f1)")?;
         let first = starting.join().expect("no panic")?;
         Ok((after.cpu.checked_sub(before.cpu).unwrap_or_default(), first))
     });

@@ -1,5 +1,6 @@
 //! What both programs are made of: the common flags, the log, signals, and one driver for each channel.
 
+use std::collections::HashSet;
 use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -29,19 +30,13 @@ Exit codes:
 #[derive(Args, Debug)]
 pub struct Options {
     /// The channel to the other end
-    #[arg(
-        short = 'c',
-        long = "channel",
-        value_name = "METHOD:ADDR:PORT[:ID]",
-        required = true
-    )]
+    #[arg(short = 'c', value_name = "METHOD:ADDR:PORT[:ID]", required = true)]
     pub channels: Vec<ChannelSpec>,
 
     /// Listen at ADDR:PORT and forward each client to SERVICE of the other end; `-` as PORT makes ADDR the path of a
     /// UNIX socket
     #[arg(
         short = 'o',
-        long = "out",
         value_name = "SERVICE:ADDR:PORT[:ID]",
         value_parser = ForwardSpec::parse_listen
     )]
@@ -50,7 +45,6 @@ pub struct Options {
     /// Serve SERVICE to the other end by connecting to ADDR:PORT; `-` as PORT makes ADDR the path of a UNIX socket
     #[arg(
         short = 'i',
-        long = "in",
         value_name = "SERVICE:ADDR:PORT[:ID]",
         value_parser = ForwardSpec::parse_target
     )]
@@ -141,7 +135,8 @@ fn start_log(verbose: u8) {
         1 => "debug",
         _ => "trace",
     };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let filter = EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| EnvFilter::new(format!("{level},mio=off")));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
@@ -158,8 +153,9 @@ async fn serve(product: &str, options: &Options, make: MakeChannel) -> Result<()
 
     let mut drivers = JoinSet::new();
     for (index, spec) in options.channels.iter().enumerate() {
-        let out = forwards(&options.out, &options.channels, index)?;
-        let serve = forwards(&options.serve, &options.channels, index)?;
+        let out = forwards("-o", &options.out, &options.channels, index)?;
+        let serve = forwards("-i", &options.serve, &options.channels, index)?;
+        served_once(&serve)?;
         let settings = Settings {
             connect_timeout: options.connect_timeout,
             wait_for_peer: options.wait_for_peer,
@@ -208,6 +204,7 @@ async fn serve(product: &str, options: &Options, make: MakeChannel) -> Result<()
 
 /// The forwards of the channel at `index`: those that name its ID, and for the first channel those that name none.
 fn forwards(
+    flag: &str,
     all: &[ForwardSpec],
     channels: &[ChannelSpec],
     index: usize,
@@ -221,7 +218,7 @@ fn forwards(
                 .position(|channel| channel.id.as_ref() == Some(id))
                 .ok_or_else(|| {
                     Failure::Usage(format!(
-                        "{forward}: no -c has the ID {id:?}: add :{id} to one, or leave it off here"
+                        "{flag} {forward}: no -c has the ID {id:?}: add :{id} to one, or leave it off here"
                     ))
                 })?,
         };
@@ -230,6 +227,18 @@ fn forwards(
         }
     }
     Ok(found)
+}
+
+/// A service has one target.
+fn served_once(services: &[ForwardSpec]) -> Result<(), Failure> {
+    let mut names = HashSet::new();
+    match services.iter().find(|spec| !names.insert(&spec.service)) {
+        None => Ok(()),
+        Some(twice) => Err(Failure::Usage(format!(
+            "-i {twice}: another -i serves {} already: leave one out, or name it otherwise",
+            twice.service
+        ))),
+    }
 }
 
 /// Lets the program have as many descriptors as the system allows it: each stream takes one.

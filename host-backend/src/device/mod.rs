@@ -64,6 +64,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
+use virtproxy_engine::driver::bind_cure;
+
 use control::Machine;
 use control_queue::Control;
 use port::Cell;
@@ -111,7 +113,7 @@ pub enum PortKind {
 #[non_exhaustive]
 pub enum StartError {
     /// A live process listens on the path.
-    #[error("another virtproxy serves {0}")]
+    #[error("another program listens on {0}: end it, or name another path")]
     InUse(PathBuf),
     /// The path is taken by something that must not be removed.
     #[error("{0} exists and is not a socket: remove it, or name another path")]
@@ -123,7 +125,7 @@ pub enum StartError {
     #[error("port name {0:?}: 1 to 255 bytes are needed, and no '/', space or control character")]
     Name(String),
     /// The socket cannot be made.
-    #[error("cannot listen on {path}: {source}")]
+    #[error("cannot listen on {path}: {source}{cure}", cure = bind_cure(source))]
     Listen {
         /// Where.
         path: PathBuf,

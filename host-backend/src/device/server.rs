@@ -194,6 +194,10 @@ impl Service {
                         "QEMU's device has too many queues: say num_vqs={queues} on QEMU's -device line"
                     )
                 }
+                (DaemonError::HandleRequest(vhost_user::Error::InvalidParam), None) => error!(
+                    "QEMU's request is not valid: the guest's memory must be shared, as with -object \
+                     memory-backend-memfd,id=mem0,size=256M,share=on -machine q35,memory-backend=mem0"
+                ),
                 _ => warn!("connection to QEMU ended: {error}"),
             },
         }

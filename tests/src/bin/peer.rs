@@ -4,6 +4,7 @@
 //! * `peer download|upload|echo ADDRESS BYTES SEED`: a checked transfer.
 //! * `peer stall ADDRESS SECONDS`: asks for a flood and reads nothing.
 //! * `peer full ADDRESS`: listens and accepts nobody, with a queue that is full: connecting to it hangs.
+//! * `peer hold PORT-DEVICE SECONDS`: opens the port, says so, and does nothing with it.
 //! * `peer other-version PORT-DEVICE`: opens the port and greets with protocol version 9 only.
 
 use std::io::{Read, Write};
@@ -33,8 +34,14 @@ fn main() -> Result<()> {
             Ok(())
         }
         ["full", address] => full(address),
+        ["hold", device, seconds] => {
+            let _port = open_port(device)?;
+            println!("held");
+            std::thread::sleep(Duration::from_secs(seconds.parse()?));
+            Ok(())
+        }
         ["other-version", device] => other_version(device),
-        _ => bail!("usage: peer serve|download|upload|echo|stall|full|other-version ..."),
+        _ => bail!("usage: peer serve|download|upload|echo|stall|full|hold|other-version ..."),
     }
 }
 
@@ -56,12 +63,16 @@ fn full(address: &str) -> Result<()> {
     }
 }
 
-fn other_version(device: &str) -> Result<()> {
-    let mut port = std::fs::OpenOptions::new()
+fn open_port(device: &str) -> std::io::Result<std::fs::File> {
+    std::fs::OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(libc::O_NONBLOCK)
-        .open(device)?;
+        .open(device)
+}
+
+fn other_version(device: &str) -> Result<()> {
+    let mut port = open_port(device)?;
     let hello = Hello {
         min_version: 9,
         max_version: 9,

@@ -84,7 +84,8 @@ pub struct ListenError {
     source: io::Error,
 }
 
-fn bind_cure(error: &io::Error) -> &'static str {
+/// What to do about an address that cannot be listened on, to be appended to the error.
+pub fn bind_cure(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::AddrInUse => {
             "; another program listens there: end it or choose another address"
