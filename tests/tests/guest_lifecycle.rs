@@ -134,7 +134,7 @@ fn port_busy(scene: &Scene) -> Result<()> {
     let sessions = scene.sessions();
     scene.guest.check(
         "kill $(pidof virtproxy-agent); while pidof virtproxy-agent >/dev/null; do sleep 0.1; done\n\
-         setsid peer hold /dev/vport*p1 8 >/tmp/hold.log 2>&1 &\n\
+         setsid peer hold /dev/vport*p* 8 >/tmp/hold.log 2>&1 &\n\
          until grep -q held /tmp/hold.log; do sleep 0.1; done",
     )?;
     let agent = std::thread::scope(|threads| -> Result<_> {
