@@ -13,6 +13,9 @@ const MIN_DATA_ROOM: usize = HEADER_LEN + 1024;
 impl Session {
     /// The next frame to send, if there is one that fits in `room` bytes. Control frames are written to `buf`, which
     /// holds at least [`MAX_CONTROL_FRAME`] bytes.
+    ///
+    /// A control frame is only made where [`MAX_CONTROL_FRAME`] bytes fit, and data only where 1024 bytes of it do, so
+    /// that a link that is nearly full is not fed crumbs.
     pub fn poll_transmit(&mut self, now: Time, room: usize, buf: &mut [u8]) -> Option<Transmit> {
         if self.owes_control() || self.owes_session_credit() {
             if room < MAX_CONTROL_FRAME {
