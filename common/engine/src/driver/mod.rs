@@ -405,9 +405,10 @@ impl Driver {
             return;
         }
         self.next_ping = now + KEEPALIVE;
-        if self.session.ping_sent().is_none() {
-            self.session.ping();
-        } else if !self.peer_silent {
+        let answered = self.session.ping_sent().is_none();
+        // Asked again and again: that is what makes a peer that restarted unseen show itself.
+        self.session.ping();
+        if !answered && !self.peer_silent {
             self.peer_silent = true;
             warn!(
                 "the other end has not answered for {KEEPALIVE:?}; it may be paused: its streams are kept"
