@@ -1,11 +1,12 @@
 //! Two drivers, joined by a socket pair, between real local sockets.
 
+use std::cell::RefCell;
 use std::fmt::Debug;
 use std::future::Future;
 use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -78,6 +79,7 @@ fn join(a: &End, b: &End) {
 }
 
 fn run(test: impl Future<Output = ()>) {
+    collect_hops();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -216,13 +218,16 @@ fn names_and_ipv6_addresses_work() {
     });
 }
 
-/// Collects the `hop` of each trace event.
-#[derive(Clone, Default)]
-struct Hops(Arc<Mutex<Vec<String>>>);
+thread_local! {
+    /// The `hop` of each trace event of this thread; a test's drivers run on its own.
+    static HOPS: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
+}
+
+struct Hops;
 
 impl<S: tracing::Subscriber> Layer<S> for Hops {
     fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
-        event.record(&mut self.clone());
+        event.record(&mut Hops);
     }
 }
 
@@ -230,16 +235,23 @@ impl Visit for Hops {
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
         if field.name() == "hop" {
             let hop = format!("{value:?}").replace('"', "");
-            self.0.lock().unwrap().push(hop);
+            HOPS.with_borrow_mut(|hops| hops.push(hop));
         }
     }
 }
 
+/// Collects hops in all threads. Every test does this first: a subscriber that comes when events are already being
+/// written in other threads may miss some.
+fn collect_hops() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let subscriber = tracing_subscriber::registry().with(Hops);
+        tracing::subscriber::set_global_default(subscriber).unwrap();
+    });
+}
+
 #[test]
 fn a_byte_takes_its_hops_in_order() {
-    let hops = Hops::default();
-    let subscriber = tracing_subscriber::registry().with(hops.clone());
-    let _guard = tracing::subscriber::set_default(subscriber);
     run(async {
         let (target, address) = (echo_server().await, new_address());
         let near = end(settings(), &[format!("echo:{address}")], &[]).await;
@@ -248,7 +260,7 @@ fn a_byte_takes_its_hops_in_order() {
         echo_through(address, vec![7]).await;
     });
     let there_and_back = ["socket-to-channel", "channel-to-socket"].repeat(2);
-    assert_eq!(*hops.0.lock().unwrap(), there_and_back);
+    HOPS.with_borrow(|hops| assert_eq!(*hops, there_and_back));
 }
 
 #[test]
@@ -322,6 +334,29 @@ fn streams_end_when_the_link_does_and_new_ones_work() {
         ends_at_once(old).await;
         join(&near, &far);
         echo_through(address.clone(), pattern(100_000, 2)).await;
+    });
+}
+
+#[test]
+fn a_client_that_comes_between_two_links_waits_for_the_second() {
+    run(async {
+        let (target, address) = (echo_server().await, new_address());
+        let near = end(settings(), &[format!("echo:{address}")], &[]).await;
+        let far = end(settings(), &[], &[format!("echo:{target}")]).await;
+        let (x, y) = StdUnixStream::pair().unwrap();
+        let cut = x.try_clone().unwrap();
+        near.links.send(x).unwrap();
+        far.links.send(y).unwrap();
+        echo_through(address.clone(), pattern(1000, 1)).await;
+        cut.shutdown(std::net::Shutdown::Both).unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let between = tokio::task::spawn_local(echo_through(address, pattern(1000, 2)));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        join(&near, &far);
+        timeout(Duration::from_secs(3), between)
+            .await
+            .expect("the client is forgotten")
+            .unwrap();
     });
 }
 
