@@ -220,8 +220,6 @@ impl Driver {
                 break;
             };
             debug!(channel = channel.name(), "link up");
-            self.session = Session::new(self.settings.session.clone(), new_epoch()?);
-            self.incompatible = false;
             let up = Instant::now();
             let outcome = match self.serve(&mut *link, &mut stop).await {
                 Ok(outcome) => outcome,
@@ -237,6 +235,9 @@ impl Driver {
                 }
             };
             self.abort_streams("the link to the other end is down");
+            // At once: clients that come before the next link must find no session.
+            self.session = Session::new(self.settings.session.clone(), new_epoch()?);
+            self.incompatible = false;
             drop(link);
             if up.elapsed() >= STABLE {
                 backoff = BACKOFF.0;
