@@ -18,10 +18,12 @@ const LIMITS: Limits = Limits {
     bytes: 1 << 20,
 };
 
-/// Hands one batch of chains to `sink`; those up to the boundary, if the session is closed.
+/// Hands one batch of chains to `sink`; those up to the boundary, if the session is closed. `goes` says whether the ring
+/// does (`check_restart`).
 pub(super) fn receive(
     cell: &Cell,
     rings: &Rings,
+    goes: bool,
     standing: Standing,
     reused: &mut Batch<'static>,
     sink: &mut Sink<'_>,
@@ -37,7 +39,7 @@ pub(super) fn receive(
         }
         limits.chains = limits.chains.min(left);
     }
-    if !is_running(&ring) {
+    if !goes || !is_running(&ring) {
         return Ok(Progress::Wait);
     }
 

@@ -182,13 +182,13 @@ impl Cell {
 
     /// One bounded pass; whether another one should follow.
     fn discard_once(&self, state: &mut State) -> bool {
-        state.check_restart();
+        let goes = state.check_restart();
         let (Some(standing), Some(rings)) = (state.sessions.abandoned(), &state.rings) else {
             return false;
         };
         let memory = rings.memory.memory();
         let mut ring = rings.from_guest.get_mut();
-        if !is_running(&ring) {
+        if !goes || !is_running(&ring) {
             return false;
         }
         let queue = ring.get_queue_mut();
@@ -233,9 +233,11 @@ impl State {
     }
 
     /// Positions in a ring mean nothing once it was stopped and starts elsewhere: the driver has set it up anew.
-    fn check_restart(&mut self) {
+    /// Whether the ring goes. One that was stopped may start at any moment, but must not be touched before this has
+    /// seen where.
+    fn check_restart(&mut self) -> bool {
         let (Some(rings), Some(stopped_at)) = (&self.rings, self.stopped_at) else {
-            return;
+            return true;
         };
         let (running, next) = {
             let ring = rings.from_guest.get_ref();
@@ -247,6 +249,7 @@ impl State {
                 self.sessions.clear();
             }
         }
+        running
     }
 }
 
@@ -320,12 +323,12 @@ impl Link for PortLink {
     fn receive(&mut self, sink: &mut Sink<'_>) -> io::Result<Progress> {
         let cell = &self.shared.ports[self.index];
         let mut state = cell.lock();
-        state.check_restart();
+        let goes = state.check_restart();
         let standing = state.sessions.standing(self.generation);
         let Some(rings) = state.rings.as_ref().filter(|_| standing != Standing::Over) else {
             return Err(io::ErrorKind::UnexpectedEof.into());
         };
-        from_guest::receive(cell, rings, standing, &mut self.batch, sink)
+        from_guest::receive(cell, rings, goes, standing, &mut self.batch, sink)
     }
 
     fn send(&mut self, source: &mut Source<'_>) -> io::Result<Progress> {
