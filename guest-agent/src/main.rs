@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use virtproxy_agent::port::PortChannel;
 use virtproxy_engine::channel::Channel;
+use virtproxy_engine::channels;
 use virtproxy_engine::program::{self, EXIT_CODES, Options};
 use virtproxy_engine::spec::{ChannelSpec, Method};
 
@@ -36,13 +37,14 @@ fn main() -> ExitCode {
     program::run(PRODUCT, &cli.options, make_channel)
 }
 
-fn make_channel(spec: &ChannelSpec) -> io::Result<Box<dyn Channel>> {
+fn make_channel(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dyn Channel>> {
     match spec.method {
         Method::VirtserialOpen => Ok(Box::new(PortChannel::new(spec))),
-        Method::VhostUser => Err(io::Error::new(
-            io::ErrorKind::Unsupported,
+        _ => channels::make(
+            spec,
+            options,
             "this method is the host's: use virtserial-open:PATH:- in the guest",
-        )),
+        ),
     }
 }
 

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use virtproxy_engine::channel::{BoxFuture, Channel, Link};
+use virtproxy_engine::channels;
 use virtproxy_engine::program::{self, EXIT_CODES, Options};
 use virtproxy_engine::spec::{ChannelSpec, Method};
 use virtproxy_host::device::{Device, DeviceHandle, Port, PortSpec};
@@ -44,13 +45,14 @@ fn main() -> ExitCode {
     program::run(PRODUCT, &cli.options, make_channel)
 }
 
-fn make_channel(spec: &ChannelSpec) -> io::Result<Box<dyn Channel>> {
+fn make_channel(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dyn Channel>> {
     match spec.method {
         Method::VhostUser => Ok(Box::new(MuxPort::start(spec)?)),
-        Method::VirtserialOpen => Err(io::Error::new(
-            io::ErrorKind::Unsupported,
+        _ => channels::make(
+            spec,
+            options,
             "this method is the guest's: use vhost-user:PATH:- on the host",
-        )),
+        ),
     }
 }
 

@@ -45,6 +45,25 @@ pub enum Progress {
     Wait,
 }
 
+/// What a link asks of the sessions that run over it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// Frames are to be sealed: bytes may vanish or appear in the channel, and nothing below the session notices.
+    pub seal: bool,
+    /// Bytes that a stream may send in one turn while others wait.
+    pub turn: u32,
+}
+
+impl Default for Needs {
+    /// Those of a fast channel that keeps what it is given.
+    fn default() -> Self {
+        Needs {
+            seal: false,
+            turn: virtproxy_mux::DEFAULT_TURN,
+        }
+    }
+}
+
 /// Takes every byte of the segments it is given.
 pub type Sink<'f> = dyn FnMut(&[Segment<'_>]) + 'f;
 
@@ -57,6 +76,11 @@ pub type Source<'f> = dyn FnMut(&[Segment<'_>]) -> usize + 'f;
 /// Every method may return an error; it ends the link for good. `UnexpectedEof` is the ordinary end:
 /// the other side went away (hang-up, port closed, end of file).
 pub trait Link {
+    /// What it asks of its sessions; the same for all its life.
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
+
     /// The least room, in bytes, that a source passed to [`Link::send`] is ever offered.
     fn min_room(&self) -> usize {
         4096

@@ -44,7 +44,7 @@ use std::task::{Context, Poll, ready};
 use mio::unix::SourceFd;
 use mio::{Interest, Token};
 
-use crate::channel::{Link, Progress, Sink, Source};
+use crate::channel::{Link, Needs, Progress, Sink, Source};
 use crate::edges::Edges;
 use crate::segment::{Segment, readv, writev};
 
@@ -67,6 +67,7 @@ pub struct FdLink {
     outbound: Box<[u8]>,
     /// What part of `outbound` is yet to be written.
     pending: Range<usize>,
+    needs: Needs,
 }
 
 impl FdLink {
@@ -82,7 +83,15 @@ impl FdLink {
             inbound: vec![0; PAGE * PAGES].into(),
             outbound: vec![0; CHUNK].into(),
             pending: 0..0,
+            needs: Needs::default(),
         })
+    }
+
+    /// The same link, over which every frame is sealed.
+    #[must_use]
+    pub fn sealed(mut self) -> Self {
+        self.needs.seal = true;
+        self
     }
 
     /// What `poll(2)` says now: some of `POLLIN`, `POLLOUT`, `POLLHUP` and `POLLERR`.
@@ -118,6 +127,10 @@ impl FdLink {
 }
 
 impl Link for FdLink {
+    fn needs(&self) -> Needs {
+        self.needs
+    }
+
     fn min_room(&self) -> usize {
         CHUNK
     }

@@ -2,6 +2,7 @@
 
 mod backlog;
 pub mod channel;
+pub mod channels;
 pub mod driver;
 mod edges;
 pub mod fd_link;

@@ -110,7 +110,7 @@ impl Failure {
 }
 
 /// Makes the channel that a `-c` names.
-pub type MakeChannel = fn(&ChannelSpec) -> io::Result<Box<dyn Channel>>;
+pub type MakeChannel = fn(&ChannelSpec, &Options) -> io::Result<Box<dyn Channel>>;
 
 /// Runs a program until it is asked to end. `product` is its name and version.
 pub fn run(product: &str, options: &Options, make: MakeChannel) -> ExitCode {
@@ -170,7 +170,7 @@ async fn serve(product: &str, options: &Options, make: MakeChannel) -> Result<()
             channel: spec.to_string(),
             source,
         };
-        let channel = make(spec).map_err(named)?;
+        let channel = make(spec, options).map_err(named)?;
         let name = channel.name().to_owned();
         let stopped = stopped.clone();
         drivers.spawn_local(async move {

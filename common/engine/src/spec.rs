@@ -49,6 +49,26 @@ pub enum Method {
     VhostUser,
     /// `virtserial-open:PATH_OR_NAME:-`: open a virtio port of this guest.
     VirtserialOpen,
+    /// `isa-serial-open:PATH:SPEED`: open a serial line, such as a 16550's.
+    IsaSerialOpen,
+    /// `unix-connect:PATH:-`: connect to a UNIX socket, such as a QEMU chardev's.
+    UnixConnect,
+    /// `unix-listen:PATH:-`: let the other end, or a QEMU chardev, connect to a UNIX socket.
+    UnixListen,
+    /// `tcp-connect:HOST:PORT`
+    TcpConnect,
+    /// `tcp-listen:HOST:PORT`
+    TcpListen,
+    /// `vsock-connect:CID:PORT`
+    VsockConnect,
+    /// `vsock-listen:CID:PORT`
+    VsockListen,
+    /// `hvsock-connect:PATH:PORT`: a vsock port of a guest, through its monitor's UNIX socket.
+    HvsockConnect,
+    /// `stdio:-:-`: this program's standard input and output.
+    Stdio,
+    /// `exec:COMMAND:-`: a command's standard input and output.
+    Exec,
 }
 
 /// One kind of channel, as the command line sees it.
@@ -71,6 +91,56 @@ const METHODS: &[Row] = &[
         name: "virtserial-open",
         check: any_path,
     },
+    Row {
+        method: Method::IsaSerialOpen,
+        name: "isa-serial-open",
+        check: line,
+    },
+    Row {
+        method: Method::UnixConnect,
+        name: "unix-connect",
+        check: socket_path,
+    },
+    Row {
+        method: Method::UnixListen,
+        name: "unix-listen",
+        check: socket_path,
+    },
+    Row {
+        method: Method::TcpConnect,
+        name: "tcp-connect",
+        check: tcp_target,
+    },
+    Row {
+        method: Method::TcpListen,
+        name: "tcp-listen",
+        check: tcp,
+    },
+    Row {
+        method: Method::VsockConnect,
+        name: "vsock-connect",
+        check: vsock,
+    },
+    Row {
+        method: Method::VsockListen,
+        name: "vsock-listen",
+        check: vsock,
+    },
+    Row {
+        method: Method::HvsockConnect,
+        name: "hvsock-connect",
+        check: socket_and_port,
+    },
+    Row {
+        method: Method::Stdio,
+        name: "stdio",
+        check: nothing,
+    },
+    Row {
+        method: Method::Exec,
+        name: "exec",
+        check: any_path,
+    },
 ];
 
 fn any_path(_addr: &str, port: Option<u32>) -> Result<(), SpecError> {
@@ -82,6 +152,52 @@ fn any_path(_addr: &str, port: Option<u32>) -> Result<(), SpecError> {
 fn socket_path(addr: &str, port: Option<u32>) -> Result<(), SpecError> {
     any_path(addr, port)?;
     check_unix_path(addr)
+}
+
+/// Host and port to listen on.
+fn tcp(addr: &str, port: Option<u32>) -> Result<(), SpecError> {
+    let port = port.ok_or_else(|| SpecError::NoNumber(addr.into()))?;
+    Host::from_str(addr)?;
+    u16::try_from(port).map(drop).map_err(|_| too_large(port))
+}
+
+/// Host and port to connect to.
+fn tcp_target(addr: &str, port: Option<u32>) -> Result<(), SpecError> {
+    tcp(addr, port)?;
+    match port {
+        Some(0) => Err(SpecError::TargetPortZero),
+        _ => Ok(()),
+    }
+}
+
+fn too_large(port: u32) -> SpecError {
+    SpecError::LargePort {
+        port: port.to_string(),
+        max: u16::MAX.into(),
+    }
+}
+
+/// A device and the line's speed.
+fn line(_addr: &str, port: Option<u32>) -> Result<(), SpecError> {
+    port.map(drop).ok_or(SpecError::NoSpeed)
+}
+
+/// A context id (or its name) and a port.
+fn vsock(addr: &str, port: Option<u32>) -> Result<(), SpecError> {
+    Cid::from_str(addr)?;
+    port.map(drop).ok_or(SpecError::NoVsockPort)
+}
+
+fn socket_and_port(addr: &str, port: Option<u32>) -> Result<(), SpecError> {
+    port.ok_or(SpecError::NoVsockPort)?;
+    check_unix_path(addr)
+}
+
+fn nothing(addr: &str, port: Option<u32>) -> Result<(), SpecError> {
+    match (addr, port) {
+        ("-", None) => Ok(()),
+        _ => Err(SpecError::NotNothing),
+    }
 }
 
 impl Method {
@@ -326,6 +442,35 @@ impl fmt::Display for Host {
     }
 }
 
+/// A vsock context id (vsock(7)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cid(pub u32);
+
+impl Cid {
+    /// Any, to listen on: `VMADDR_CID_ANY`.
+    pub const ANY: Self = Cid(u32::MAX);
+    /// This machine itself: `VMADDR_CID_LOCAL`.
+    pub const LOCAL: Self = Cid(1);
+    /// The host: `VMADDR_CID_HOST`.
+    pub const HOST: Self = Cid(2);
+}
+
+impl FromStr for Cid {
+    type Err = SpecError;
+
+    fn from_str(s: &str) -> Result<Self, SpecError> {
+        match s {
+            "any" => Ok(Cid::ANY),
+            "local" => Ok(Cid::LOCAL),
+            "host" => Ok(Cid::HOST),
+            number => number
+                .parse()
+                .map(Cid)
+                .map_err(|_| SpecError::BadCid(s.into())),
+        }
+    }
+}
+
 /// Which of the two forms was meant, for messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
@@ -370,6 +515,14 @@ pub enum SpecError {
     PortAfterPath(String),
     #[error("PORT - makes ADDR {0:?} a path: write the port's number after an address")]
     NoNumber(String),
+    #[error("PORT is missing the line's speed: write it in bits a second, as in /dev/ttyS1:115200")]
+    NoSpeed,
+    #[error("PORT - is no vsock port: write its number")]
+    NoVsockPort,
+    #[error("ADDR {0:?} is no vsock context id: write its number, or host, local or any")]
+    BadCid(String),
+    #[error("this method has neither ADDR nor PORT: write stdio:-:-")]
+    NotNothing,
     #[error("ADDR {0:?} is not an IPv6 address in brackets: write one like [::1]")]
     BadIpv6(String),
     #[error("ADDR {0:?} has colons but no brackets: write an IPv6 address as in [::1]:80")]

@@ -28,5 +28,7 @@ mod table;
 
 pub use hello::{Hello, VERSION};
 pub use reason::{End, Reason, Violation};
-pub use session::{Config, Event, OpenError, Payload, Session, Stats, Time, Transmit};
+pub use session::{
+    Config, DEFAULT_TURN, Event, OpenError, Payload, Session, Stats, Time, Transmit,
+};
 pub use stream::StreamId;

@@ -1,16 +1,13 @@
 //! Which stream sends next: deficit round robin, new and sparse streams first.
 //!
 //! The scheme is fq_codel's (RFC 8290, section 4.2) without the dropping: a stream that has just got something to send
-//! waits in `fresh` and goes before all others until it has used up one quantum or run dry; then it takes its turn
+//! waits in `fresh` and goes before all others until it has used up one turn or run dry; then it takes its turn
 //! in `bulk`, and leaves only when it is found dry there, so that running dry for an instant gains nothing.
 
 use alloc::collections::VecDeque;
 
 use crate::stream::{Stream, StreamId};
 use crate::table::{Streams, line_up};
-
-/// Bytes a stream may send in one turn.
-pub(crate) const QUANTUM: i32 = 64 * 1024;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Queue {
@@ -28,13 +25,22 @@ pub(crate) struct Place {
     deficit: i32,
 }
 
-#[derive(Default)]
 pub(crate) struct Schedule {
+    /// Bytes a stream may send in one turn.
+    turn: i32,
     fresh: VecDeque<StreamId>,
     bulk: VecDeque<StreamId>,
 }
 
 impl Schedule {
+    pub(crate) fn new(turn: u32) -> Self {
+        Schedule {
+            turn: i32::try_from(turn).unwrap_or(i32::MAX),
+            fresh: VecDeque::new(),
+            bulk: VecDeque::new(),
+        }
+    }
+
     /// Puts a stream that can send in line, if it is not there yet.
     pub(crate) fn add(&mut self, streams: &mut Streams, id: StreamId) {
         let Some(stream) = streams.get_mut(id) else {
@@ -43,7 +49,7 @@ impl Schedule {
         if stream.queue.queue == Queue::None && stream.sendable() {
             stream.queue = Place {
                 queue: Queue::Fresh,
-                deficit: QUANTUM,
+                deficit: self.turn,
             };
             line_up(&mut self.fresh, streams, id);
         }
@@ -70,7 +76,7 @@ impl Schedule {
             line.pop_front();
             if sendable || from_fresh {
                 if stream.queue.deficit <= 0 {
-                    stream.queue.deficit += QUANTUM;
+                    stream.queue.deficit += self.turn;
                 }
                 stream.queue.queue = Queue::Bulk;
                 line_up(&mut self.bulk, streams, id);

@@ -36,7 +36,7 @@ use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 use virtproxy_mux::{Config, End, Reason, Session, StreamId};
 
-use crate::channel::{Channel, Link, Progress};
+use crate::channel::{Channel, Link, Needs, Progress};
 use crate::edges::Edges;
 use crate::log_limit::LogLimit;
 use crate::socket::{Listener, Socket};
@@ -124,6 +124,8 @@ pub struct Driver {
     waiting: VecDeque<usize>,
     connects: JoinSet<Connected>,
     session: Session,
+    /// What the link asks of the session.
+    needs: Needs,
     /// Why the link must end, found while bytes were handled.
     ended: Option<End>,
     restarts: (Instant, u32),
@@ -187,6 +189,7 @@ impl Driver {
         let now = Instant::now();
         Ok(Driver {
             session: Session::new(settings.session.clone(), new_epoch()?),
+            needs: Needs::default(),
             settings,
             sockets,
             events: Events::with_capacity(EVENTS),
@@ -220,6 +223,8 @@ impl Driver {
                 break;
             };
             debug!(channel = channel.name(), "link up");
+            self.needs = link.needs();
+            self.session = self.new_session()?;
             let up = Instant::now();
             let outcome = match self.serve(&mut *link, &mut stop).await {
                 Ok(outcome) => outcome,
@@ -236,7 +241,7 @@ impl Driver {
             };
             self.abort_streams("the link to the other end is down");
             // At once: clients that come before the next link must find no session.
-            self.session = Session::new(self.settings.session.clone(), new_epoch()?);
+            self.session = self.new_session()?;
             self.incompatible = false;
             drop(link);
             if up.elapsed() >= STABLE {
@@ -359,7 +364,7 @@ impl Driver {
         match end {
             End::PeerRestarted if self.restarts.1 <= MAX_RESTARTS => {
                 info!("the other end restarted");
-                self.session = Session::new(self.settings.session.clone(), new_epoch()?);
+                self.session = self.new_session()?;
                 Ok(None)
             }
             end => {
@@ -422,6 +427,17 @@ impl Driver {
         let client = self.waiting.front().and_then(|key| self.waits_until(*key));
         let accept = self.outlets.iter().filter_map(|outlet| outlet.retry).min();
         [client, accept].into_iter().flatten().min()
+    }
+
+    /// A session that has yet to shake hands, over the present link.
+    fn new_session(&self) -> io::Result<Session> {
+        let Needs { seal, turn } = self.needs;
+        let config = Config {
+            seal,
+            turn,
+            ..self.settings.session.clone()
+        };
+        Ok(Session::new(config, new_epoch()?))
     }
 
     /// Microseconds since the driver started.

@@ -67,6 +67,9 @@ pub const MIN_WINDOW: u32 = 4096;
 /// The largest window of a stream or session, in bytes.
 pub const MAX_WINDOW: u32 = 1 << 30;
 
+/// What a stream may send in one turn while others wait, in bytes, where a channel is fast.
+pub const DEFAULT_TURN: u32 = 64 * 1024;
+
 /// What one side allows and asks for.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -83,6 +86,10 @@ pub struct Config {
     pub memory: u64,
     /// The longest DATA payload we take, in bytes.
     pub max_frame: u32,
+    /// Bytes a stream may send in one turn while others wait.
+    pub turn: u32,
+    /// Asks for sealed frames: the channel may lose or gain bytes unnoticed.
+    pub seal: bool,
     /// Protocol versions we speak.
     pub versions: (u8, u8),
     /// Name and version of the program.
@@ -98,6 +105,8 @@ impl Default for Config {
             session_window: 1024 * 1024,
             memory: 256 * 1024 * 1024,
             max_frame: 64 * 1024,
+            turn: DEFAULT_TURN,
+            seal: false,
             versions: (VERSION, VERSION),
             product: String::from("virtproxy"),
         }
@@ -282,6 +291,7 @@ impl Session {
             max_window,
             session_window: config.session_window.clamp(MIN_LIMIT, MAX_WINDOW),
             max_frame: config.max_frame.clamp(MIN_LIMIT, MAX_PAYLOAD),
+            turn: config.turn.clamp(1, MAX_WINDOW),
             ..config
         };
         let session_window = Credit::new(config.session_window).unwrap_or_default();
@@ -301,7 +311,7 @@ impl Session {
                 ..Owed::default()
             },
             control: VecDeque::new(),
-            schedule: Schedule::default(),
+            schedule: Schedule::new(config.turn),
             send: Credit::default(),
             receive: Receive {
                 granted: session_window,
