@@ -7,6 +7,7 @@ pub mod driver;
 mod edges;
 pub mod fd_link;
 pub mod log_limit;
+pub mod pauses;
 pub mod program;
 pub mod segment;
 mod socket;
