@@ -12,3 +12,4 @@ pub mod program;
 pub mod segment;
 mod socket;
 pub mod spec;
+pub mod unix_socket;
