@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -62,9 +63,49 @@ pub struct Options {
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds)]
     pub grace: Duration,
 
+    /// The directory of the certificates for tcp-connect and tcp-listen, by QEMU's names: ca-cert.pem, and
+    /// client-cert.pem with client-key.pem or server-cert.pem with server-key.pem
+    #[arg(long, value_name = "DIR")]
+    pub tls_creds: Option<PathBuf>,
+
+    /// Let tcp-connect and tcp-listen use other than loopback addresses without TLS: whoever is on the way can then
+    /// read and change everything
+    #[arg(long, conflicts_with = "tls_creds")]
+    pub insecure_plaintext: bool,
+
     /// Say more: -v each stream, -vv each hop of a byte (or set RUST_LOG)
     #[arg(short = 'v', long = "verbose", action = ArgAction::Count)]
     pub verbose: u8,
+}
+
+impl Options {
+    /// What may be said without encryption.
+    pub fn plaintext(&self) -> Plaintext {
+        if self.insecure_plaintext {
+            Plaintext::Allowed
+        } else if is_first_version() {
+            Plaintext::Implied
+        } else {
+            Plaintext::Loopback
+        }
+    }
+}
+
+/// What a channel over a network may do without TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plaintext {
+    /// Talk within this machine only.
+    Loopback,
+    /// Talk to any address, as the user said.
+    Allowed,
+    /// Talk to any address, as the first version did; worth a warning.
+    Implied,
+}
+
+/// Whether the program was started under the name of the first version, and so is to do what that did.
+fn is_first_version() -> bool {
+    let name = std::env::args_os().next();
+    name.is_some_and(|name| Path::new(&name).file_name() == Some("qemu-vp".as_ref()))
 }
 
 fn seconds(value: &str) -> Result<Duration, String> {

@@ -237,7 +237,8 @@ fn messages_read_well() {
     );
     assert_eq!(
         channel("isa:/dev/ttyS1:1").unwrap_err().to_string(),
-        "unknown METHOD \"isa\": the methods are vhost-user, virtserial-open"
+        "unknown METHOD \"isa\": the methods are vhost-user, virtserial-open, isa-serial-open, unix-connect, \
+         unix-listen, tcp-connect, tcp-listen, vsock-connect, vsock-listen, hvsock-connect, stdio, exec"
     );
 }
 
