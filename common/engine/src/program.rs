@@ -30,14 +30,20 @@ Exit codes:
 /// The flags both programs share.
 #[derive(Args, Debug)]
 pub struct Options {
-    /// The channel to the other end
-    #[arg(short = 'c', value_name = "METHOD:ADDR:PORT[:ID]", required = true)]
+    /// A channel to the other end
+    #[arg(
+        short = 'c',
+        long = "channel",
+        value_name = "METHOD:ADDR:PORT[:ID]",
+        required = true
+    )]
     pub channels: Vec<ChannelSpec>,
 
     /// Listen at ADDR:PORT and forward each client to SERVICE of the other end; `-` as PORT makes ADDR the path of a
     /// UNIX socket
     #[arg(
         short = 'o',
+        long = "oforward",
         value_name = "SERVICE:ADDR:PORT[:ID]",
         value_parser = ForwardSpec::parse_listen
     )]
@@ -46,6 +52,7 @@ pub struct Options {
     /// Serve SERVICE to the other end by connecting to ADDR:PORT; `-` as PORT makes ADDR the path of a UNIX socket
     #[arg(
         short = 'i',
+        long = "iforward",
         value_name = "SERVICE:ADDR:PORT[:ID]",
         value_parser = ForwardSpec::parse_target
     )]
@@ -182,6 +189,8 @@ fn start_log(verbose: u8) {
         .with_env_filter(filter)
         .with_target(false)
         .with_writer(io::stderr)
+        // Standard error may be gone before the program, as when `ssh` ran it; to tell that there would be to panic.
+        .log_internal_errors(false)
         .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
         .init();
 }
@@ -257,6 +266,8 @@ fn forwards(
             Some(id) => channels
                 .iter()
                 .position(|channel| channel.id.as_ref() == Some(id))
+                // What a channel without an ID was called in the first version.
+                .or((id == "0").then_some(0))
                 .ok_or_else(|| {
                     Failure::Usage(format!(
                         "{flag} {forward}: no -c has the ID {id:?}: add :{id} to one, or leave it off here"
