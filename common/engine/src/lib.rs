@@ -11,3 +11,4 @@ pub mod program;
 pub mod segment;
 mod socket;
 pub mod spec;
+mod udp;

@@ -34,7 +34,7 @@ pub struct Options {
     pub channels: Vec<ChannelSpec>,
 
     /// Listen at ADDR:PORT and forward each client to SERVICE of the other end; `-` as PORT makes ADDR the path of a
-    /// UNIX socket
+    /// UNIX socket; UDP if SERVICE ends in /udp
     #[arg(
         short = 'o',
         value_name = "SERVICE:ADDR:PORT[:ID]",
@@ -42,7 +42,8 @@ pub struct Options {
     )]
     pub out: Vec<ForwardSpec>,
 
-    /// Serve SERVICE to the other end by connecting to ADDR:PORT; `-` as PORT makes ADDR the path of a UNIX socket
+    /// Serve SERVICE to the other end by connecting to ADDR:PORT; `-` as PORT makes ADDR the path of a UNIX socket; UDP
+    /// if SERVICE ends in /udp
     #[arg(
         short = 'i',
         value_name = "SERVICE:ADDR:PORT[:ID]",
@@ -62,6 +63,10 @@ pub struct Options {
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds)]
     pub grace: Duration,
 
+    /// Seconds that a UDP client or target may be silent before its flow is ended
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = some_seconds)]
+    pub udp_timeout: Duration,
+
     /// Say more: -v each stream, -vv each hop of a byte (or set RUST_LOG)
     #[arg(short = 'v', long = "verbose", action = ArgAction::Count)]
     pub verbose: u8,
@@ -74,6 +79,13 @@ fn seconds(value: &str) -> Result<Duration, String> {
         .ok()
         .filter(|duration| duration.as_secs() <= 365 * 86_400)
         .ok_or_else(wrong)
+}
+
+fn some_seconds(value: &str) -> Result<Duration, String> {
+    match seconds(value)? {
+        Duration::ZERO => Err("no time at all: write a number of seconds above 0".into()),
+        duration => Ok(duration),
+    }
 }
 
 /// Why a program ends before it was asked to.
@@ -160,6 +172,7 @@ async fn serve(product: &str, options: &Options, make: MakeChannel) -> Result<()
             connect_timeout: options.connect_timeout,
             wait_for_peer: options.wait_for_peer,
             grace: options.grace,
+            udp_timeout: options.udp_timeout,
             session: Config {
                 product: product.into(),
                 ..Config::default()
