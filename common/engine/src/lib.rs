@@ -12,4 +12,5 @@ pub mod program;
 pub mod segment;
 mod socket;
 pub mod spec;
+mod udp;
 pub mod unix_socket;

@@ -40,7 +40,7 @@ pub struct Options {
     pub channels: Vec<ChannelSpec>,
 
     /// Listen at ADDR:PORT and forward each client to SERVICE of the other end; `-` as PORT makes ADDR the path of a
-    /// UNIX socket
+    /// UNIX socket; UDP if SERVICE ends in /udp
     #[arg(
         short = 'o',
         long = "oforward",
@@ -49,7 +49,8 @@ pub struct Options {
     )]
     pub out: Vec<ForwardSpec>,
 
-    /// Serve SERVICE to the other end by connecting to ADDR:PORT; `-` as PORT makes ADDR the path of a UNIX socket
+    /// Serve SERVICE to the other end by connecting to ADDR:PORT; `-` as PORT makes ADDR the path of a UNIX socket; UDP
+    /// if SERVICE ends in /udp
     #[arg(
         short = 'i',
         long = "iforward",
@@ -69,6 +70,10 @@ pub struct Options {
     /// Seconds that streams may go on when the program is asked to end
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds)]
     pub grace: Duration,
+
+    /// Seconds that a UDP client or target may be silent before its flow is ended
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = some_seconds)]
+    pub udp_timeout: Duration,
 
     /// The directory of the certificates for tcp-connect and tcp-listen, by QEMU's names: ca-cert.pem, and
     /// client-cert.pem with client-key.pem or server-cert.pem with server-key.pem
@@ -122,6 +127,13 @@ fn seconds(value: &str) -> Result<Duration, String> {
         .ok()
         .filter(|duration| duration.as_secs() <= 365 * 86_400)
         .ok_or_else(wrong)
+}
+
+fn some_seconds(value: &str) -> Result<Duration, String> {
+    match seconds(value)? {
+        Duration::ZERO => Err("no time at all: write a number of seconds above 0".into()),
+        duration => Ok(duration),
+    }
 }
 
 /// Why a program ends before it was asked to.
@@ -210,6 +222,7 @@ async fn serve(product: &str, options: &Options, make: MakeChannel) -> Result<()
             connect_timeout: options.connect_timeout,
             wait_for_peer: options.wait_for_peer,
             grace: options.grace,
+            udp_timeout: options.udp_timeout,
             session: Config {
                 product: product.into(),
                 ..Config::default()

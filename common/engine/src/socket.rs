@@ -2,17 +2,20 @@
 //!
 //! TCP and UNIX stream sockets behind one face, all non-blocking. A socket that is given up before its stream
 //! ended in order is closed with a reset where the kind has one, so that the other side cannot take a cut-off
-//! transfer for a whole one.
+//! transfer for a whole one. Behind the UNIX socket of a UDP forward there is a bridge ([`crate::udp`]).
 
+use std::fmt;
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
 
-use crate::spec::{Endpoint, Host};
+use crate::spec::{Endpoint, ForwardSpec, Host};
+use crate::udp;
 use crate::unix_socket::{self, SocketFile};
 
 /// How long to wait before a UNIX socket whose queue of connections is full is tried again.
@@ -29,29 +32,6 @@ pub(crate) enum Socket {
 }
 
 impl Socket {
-    /// Connects to `endpoint`: looks the name up if there is one, and tries each of its addresses.
-    pub(crate) async fn connect(endpoint: &Endpoint) -> io::Result<Self> {
-        match endpoint {
-            Endpoint::Tcp { host, port } => {
-                let stream = match host {
-                    Host::Ip(ip) => tokio::net::TcpStream::connect((*ip, *port)).await?,
-                    Host::Name(name) => {
-                        tokio::net::TcpStream::connect((name.as_str(), *port)).await?
-                    }
-                };
-                Ok(Self::tcp(mio::net::TcpStream::from_std(stream.into_std()?)))
-            }
-            Endpoint::Unix(path) => loop {
-                match mio::net::UnixStream::connect(path) {
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        tokio::time::sleep(UNIX_RETRY).await;
-                    }
-                    result => return result.map(Socket::Unix),
-                }
-            },
-        }
-    }
-
     fn tcp(stream: mio::net::TcpStream) -> Self {
         // Only a socket that is already broken refuses this; reading it will tell.
         let _ = stream.set_nodelay(true);
@@ -93,26 +73,99 @@ impl AsFd for Socket {
     }
 }
 
+/// What streams of a service of `-i` are joined to.
+#[derive(Clone, Debug)]
+pub(crate) enum Target {
+    Tcp {
+        host: Host,
+        port: u16,
+    },
+    Unix(PathBuf),
+    /// A name stands for its first address: nothing tells which of them answers.
+    Udp {
+        host: Host,
+        port: u16,
+        flows: udp::Flows,
+    },
+}
+
+impl Target {
+    /// That of `forward`, whose flows end when they were idle for `udp_timeout`, if it is one for UDP.
+    pub(crate) fn new(forward: &ForwardSpec, udp_timeout: Duration) -> io::Result<Self> {
+        Ok(match &forward.endpoint {
+            Endpoint::Tcp { host, port } => Target::Tcp {
+                host: host.clone(),
+                port: *port,
+            },
+            Endpoint::Unix(path) => Target::Unix(path.clone()),
+            Endpoint::Udp { host, port } => Target::Udp {
+                host: host.clone(),
+                port: *port,
+                flows: udp::Flows::new(forward.service.as_str(), udp_timeout)?,
+            },
+        })
+    }
+
+    /// Connects to it: looks its name up if there is one, and tries each of its addresses.
+    pub(crate) async fn connect(&self) -> io::Result<Socket> {
+        match self {
+            Target::Tcp { host, port } => {
+                let stream = match host {
+                    Host::Ip(ip) => tokio::net::TcpStream::connect((*ip, *port)).await?,
+                    Host::Name(name) => {
+                        tokio::net::TcpStream::connect((name.as_str(), *port)).await?
+                    }
+                };
+                let stream = mio::net::TcpStream::from_std(stream.into_std()?);
+                Ok(Socket::tcp(stream))
+            }
+            Target::Unix(path) => loop {
+                match mio::net::UnixStream::connect(path) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        tokio::time::sleep(UNIX_RETRY).await;
+                    }
+                    result => return result.map(Socket::Unix),
+                }
+            },
+            Target::Udp { host, port, flows } => {
+                let address = look_up(host, *port).await?;
+                flows.begin(address).await.map(Socket::Unix)
+            }
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Target::Tcp { host, port } | Target::Udp { host, port, .. } => {
+                write!(f, "{host}:{port}")
+            }
+            Target::Unix(path) => path.display().fmt(f),
+        }
+    }
+}
+
 /// A listening socket; a UNIX socket's file goes with it.
 #[derive(Debug)]
 pub(crate) enum Listener {
     Tcp(mio::net::TcpListener),
     Unix(SocketFile, mio::net::UnixListener),
+    Udp(udp::Listener),
 }
 
 impl Listener {
-    /// Listens on `endpoint`.
-    pub(crate) async fn bind(endpoint: &Endpoint) -> io::Result<Self> {
-        match endpoint {
+    /// Listens where `forward` says; its flows end when they were idle for `udp_timeout`, if it is one for UDP.
+    pub(crate) async fn bind(forward: &ForwardSpec, udp_timeout: Duration) -> io::Result<Self> {
+        match &forward.endpoint {
             Endpoint::Tcp { host, port } => {
-                let address = match host {
-                    Host::Ip(ip) => SocketAddr::new(*ip, *port),
-                    Host::Name(name) => tokio::net::lookup_host((name.as_str(), *port))
-                        .await?
-                        .next()
-                        .ok_or(io::ErrorKind::AddrNotAvailable)?,
-                };
+                let address = look_up(host, *port).await?;
                 Ok(Listener::Tcp(mio::net::TcpListener::bind(address)?))
+            }
+            Endpoint::Udp { host, port } => {
+                let address = look_up(host, *port).await?;
+                let service = forward.service.as_str();
+                udp::Listener::bind(address, service, udp_timeout).map(Listener::Udp)
             }
             Endpoint::Unix(path) => {
                 let (listener, file) = unix_socket::listen(path, UNIX_BACKLOG)?;
@@ -124,10 +177,11 @@ impl Listener {
     }
 
     /// The next client, or `WouldBlock`.
-    pub(crate) fn accept(&self) -> io::Result<Socket> {
+    pub(crate) fn accept(&mut self) -> io::Result<Socket> {
         match self {
             Listener::Tcp(listener) => Ok(Socket::tcp(listener.accept()?.0)),
             Listener::Unix(_, listener) => Ok(Socket::Unix(listener.accept()?.0)),
+            Listener::Udp(listener) => listener.accept().map(Socket::Unix),
         }
     }
 
@@ -139,6 +193,7 @@ impl Listener {
                 Err(error) => error.to_string(),
             },
             Listener::Unix(file, _) => file.path().display().to_string(),
+            Listener::Udp(listener) => listener.local_addr().to_string(),
         }
     }
 
@@ -147,6 +202,18 @@ impl Listener {
         match self {
             Listener::Tcp(listener) => listener.register(registry, token, Interest::READABLE),
             Listener::Unix(_, listener) => listener.register(registry, token, Interest::READABLE),
+            Listener::Udp(listener) => listener.register(registry, token),
         }
+    }
+}
+
+/// The address of `host`; the first one, if it is a name.
+async fn look_up(host: &Host, port: u16) -> io::Result<SocketAddr> {
+    match host {
+        Host::Ip(ip) => Ok(SocketAddr::new(*ip, port)),
+        Host::Name(name) => tokio::net::lookup_host((name.as_str(), port))
+            .await?
+            .next()
+            .ok_or(io::ErrorKind::AddrNotAvailable.into()),
     }
 }

@@ -19,8 +19,9 @@
 //! is a number would be mistaken for PORT in one place, an IPv6 address without its brackets: there it is none.
 //!
 //! In a forward, `-` as PORT makes ADDR the path of a UNIX socket. With a number, ADDR is an IPv4 address, an
-//! IPv6 address in brackets, or a name, which is resolved when it is used, never here. In a channel, what ADDR
-//! and PORT mean is the method's business: each row of `METHODS` has its own check.
+//! IPv6 address in brackets, or a name, which is resolved when it is used, never here. A SERVICE that ends in `/udp`
+//! is one for datagrams, at both ends, and its ADDR is never a path. In a channel, what ADDR and PORT mean is the
+//! method's business: each row of `METHODS` has its own check.
 //!
 //! What `Display` prints parses to the same value. Every error is one line that names the field and says what to
 //! write instead; clap puts the flag and the value in front of it.
@@ -300,7 +301,9 @@ impl ForwardSpec {
     pub fn parse_target(s: &str) -> Result<Self, SpecError> {
         let spec: Self = s.parse()?;
         match spec.endpoint {
-            Endpoint::Tcp { port: 0, .. } => Err(SpecError::TargetPortZero),
+            Endpoint::Tcp { port: 0, .. } | Endpoint::Udp { port: 0, .. } => {
+                Err(SpecError::TargetPortZero)
+            }
             _ => Ok(spec),
         }
     }
@@ -313,9 +316,18 @@ impl FromStr for ForwardSpec {
         let fields = Fields::split(s, Form::Forward)?;
         let service = ServiceName::from_str(fields.first)?;
         let rest = fields.rest?;
+        let endpoint = match rest.endpoint()? {
+            Endpoint::Tcp { host, port } if is_udp(service.as_str()) => {
+                Endpoint::Udp { host, port }
+            }
+            Endpoint::Unix(path) if is_udp(service.as_str()) => {
+                return Err(SpecError::UdpPath(path.display().to_string()));
+            }
+            endpoint => endpoint,
+        };
         Ok(ForwardSpec {
             service,
-            endpoint: rest.endpoint()?,
+            endpoint,
             channel: rest.id.map(Into::into),
         })
     }
@@ -330,6 +342,11 @@ impl fmt::Display for ForwardSpec {
 
 fn write_id(f: &mut fmt::Formatter<'_>, id: Option<&str>) -> fmt::Result {
     id.map_or(Ok(()), |id| write!(f, ":{id}"))
+}
+
+/// Whether the streams of the service of this name carry datagrams.
+pub(crate) fn is_udp(service: &str) -> bool {
+    service.ends_with("/udp")
 }
 
 /// The name of a service, as both ends and the wire know it.
@@ -376,6 +393,13 @@ pub enum Endpoint {
         /// The port; 0, when listening, is one that the kernel chooses.
         port: u16,
     },
+    /// A UDP port: that of a service whose name ends in `/udp`.
+    Udp {
+        /// An address, or a name to be resolved when it is used.
+        host: Host,
+        /// The port; 0, when listening, is one that the kernel chooses.
+        port: u16,
+    },
     /// The path of a UNIX socket.
     Unix(PathBuf),
 }
@@ -383,13 +407,15 @@ pub enum Endpoint {
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Endpoint::Tcp { host, port } => write!(f, "{host}:{port}"),
+            Endpoint::Tcp { host, port } | Endpoint::Udp { host, port } => {
+                write!(f, "{host}:{port}")
+            }
             Endpoint::Unix(path) => write!(f, "{}:-", path.display()),
         }
     }
 }
 
-/// The host of a TCP endpoint.
+/// The host of a TCP or UDP endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Host {
     /// An address, known without asking anyone.
@@ -513,6 +539,10 @@ pub enum SpecError {
     TargetPortZero,
     #[error("PORT {0} after a path: write - as PORT")]
     PortAfterPath(String),
+    #[error(
+        "ADDR {0:?} is a path, but SERVICE ends in /udp: write a host and a port, or another SERVICE"
+    )]
+    UdpPath(String),
     #[error("PORT - makes ADDR {0:?} a path: write the port's number after an address")]
     NoNumber(String),
     #[error("PORT is missing the line's speed: write it in bits a second, as in /dev/ttyS1:115200")]

@@ -5,76 +5,27 @@ mod support;
 use std::cell::RefCell;
 use std::fmt::Debug;
 use std::future::Future;
-use std::io;
-use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Once;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
-use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tracing::field::{Field, Visit};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
-use virtproxy_engine::channel::{BoxFuture, Channel, Link};
-use virtproxy_engine::driver::{Driver, Settings};
-use virtproxy_engine::fd_link::FdLink;
-use virtproxy_engine::spec::ForwardSpec;
+use virtproxy_engine::driver::Settings;
 
+use support::ends::{end, join};
 use support::{
     connect, echo_server, echo_through, ends_at_once, new_address, pattern, refused_at_once,
     settings,
 };
 
-/// A channel whose links are handed in by the test.
-struct Handed(mpsc::UnboundedReceiver<StdUnixStream>);
-
-impl Channel for Handed {
-    fn open(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Link>>> {
-        Box::pin(async {
-            match self.0.recv().await {
-                Some(socket) => Ok(Box::new(FdLink::new(socket.into())?) as Box<dyn Link>),
-                None => std::future::pending().await,
-            }
-        })
-    }
-
-    fn name(&self) -> &str {
-        "handed"
-    }
-}
-
-/// One end under test.
-struct End {
-    links: mpsc::UnboundedSender<StdUnixStream>,
-    stop: watch::Sender<bool>,
-    done: tokio::task::JoinHandle<io::Result<()>>,
-}
-
-async fn end(settings: Settings, out: &[String], serve: &[String]) -> End {
-    let parse = |specs: &[String]| -> Vec<ForwardSpec> {
-        specs.iter().map(|spec| spec.parse().unwrap()).collect()
-    };
-    let driver = Driver::new(settings, &parse(out), &parse(serve))
-        .await
-        .unwrap();
-    let (links, receiver) = mpsc::unbounded_channel();
-    let (stop, stopped) = watch::channel(false);
-    let done = tokio::task::spawn_local(driver.run(Box::new(Handed(receiver)), stopped));
-    End { links, stop, done }
-}
-
 /// Every test of this file collects hops (see `collect_hops`).
 fn run(test: impl Future<Output = ()>) {
     collect_hops();
     support::run(test);
-}
-
-fn join(a: &End, b: &End) {
-    let (x, y) = StdUnixStream::pair().unwrap();
-    a.links.send(x).unwrap();
-    b.links.send(y).unwrap();
 }
 
 #[test]
@@ -249,15 +200,12 @@ fn streams_end_when_the_link_does_and_new_ones_work() {
         let (target, address) = (echo_server().await, new_address());
         let near = end(settings(), &[format!("echo:{address}")], &[]).await;
         let far = end(settings(), &[], &[format!("echo:{target}")]).await;
-        let (x, y) = StdUnixStream::pair().unwrap();
-        let cut = x.try_clone().unwrap();
-        near.links.send(x).unwrap();
-        far.links.send(y).unwrap();
+        let link = join(&near, &far);
         let mut old = connect(&address).await;
         old.write_all(b"old").await.unwrap();
         let mut buf = [0; 3];
         old.read_exact(&mut buf).await.unwrap();
-        cut.shutdown(std::net::Shutdown::Both).unwrap();
+        link.shutdown(std::net::Shutdown::Both).unwrap();
         ends_at_once(old).await;
         join(&near, &far);
         echo_through(address.clone(), pattern(100_000, 2)).await;
@@ -270,12 +218,9 @@ fn a_client_that_comes_between_two_links_waits_for_the_second() {
         let (target, address) = (echo_server().await, new_address());
         let near = end(settings(), &[format!("echo:{address}")], &[]).await;
         let far = end(settings(), &[], &[format!("echo:{target}")]).await;
-        let (x, y) = StdUnixStream::pair().unwrap();
-        let cut = x.try_clone().unwrap();
-        near.links.send(x).unwrap();
-        far.links.send(y).unwrap();
+        let link = join(&near, &far);
         echo_through(address.clone(), pattern(1000, 1)).await;
-        cut.shutdown(std::net::Shutdown::Both).unwrap();
+        link.shutdown(std::net::Shutdown::Both).unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
         let between = tokio::task::spawn_local(echo_through(address, pattern(1000, 2)));
         tokio::time::sleep(Duration::from_millis(50)).await;

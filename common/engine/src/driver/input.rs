@@ -8,6 +8,7 @@ use virtproxy_mux::{Event, Reason, StreamId};
 use super::Driver;
 use super::local::Phase;
 use crate::segment::{Cursor, Segment};
+use crate::spec::is_udp;
 
 /// Bytes looked at in one go for headers and control frames.
 const GLANCE: usize = 64;
@@ -99,11 +100,11 @@ impl Driver {
                 reason,
                 text,
             } => {
-                let quiet = reason == Reason::Cancelled;
-                if quiet {
-                    debug!(%stream, %reason, text, "reset by the other end");
+                let service = self.service_of(stream);
+                if reason == Reason::Cancelled || is_udp(service) {
+                    debug!(%stream, service, %reason, text, "reset by the other end");
                 } else {
-                    info!(%stream, service = self.service_of(stream), %reason, text, "reset by the other end");
+                    info!(%stream, service, %reason, text, "reset by the other end");
                 }
                 self.remove_stream(stream, "reset by the other end");
             }

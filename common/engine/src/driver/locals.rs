@@ -12,6 +12,7 @@ use virtproxy_mux::{OpenError, Reason, StreamId};
 use super::local::{Local, Phase};
 use super::{Connected, Driver, EVENTS, MAX_CONNECTING, MAX_WAITING};
 use crate::socket::Socket;
+use crate::spec::is_udp;
 
 /// Tokens from here on are local sides; below are listeners.
 const FIRST_LOCAL: usize = usize::MAX / 2;
@@ -84,7 +85,13 @@ impl Driver {
     }
 
     fn new_client(&mut self, socket: Socket, service: Rc<str>) {
-        let until = Instant::now() + self.settings.wait_for_peer;
+        let patience = if is_udp(&service) {
+            // Its datagrams would be stale.
+            Duration::ZERO
+        } else {
+            self.settings.wait_for_peer
+        };
+        let until = Instant::now() + patience;
         let mut local = Local::new(service, Phase::Waiting(until));
         local.socket = Some(socket);
         let key = self.locals.insert(local);
@@ -115,7 +122,7 @@ impl Driver {
             Err(OpenError::NotEstablished | OpenError::GoingAway) => {
                 if self.incompatible {
                     self.refuse_client(key, "the other end speaks another protocol version");
-                } else if self.settings.wait_for_peer.is_zero() {
+                } else if self.waits_until(key) <= Some(Instant::now()) {
                     self.refuse_client(key, "the other end is not there");
                 } else if self.waiting.len() >= MAX_WAITING {
                     self.refuse_client(key, "too many clients wait for the other end");
@@ -171,7 +178,10 @@ impl Driver {
         let Some(local) = self.locals.try_remove(key) else {
             return;
         };
-        if let Some(more) = self.refusals.pass(Instant::now()) {
+        if is_udp(&local.service) {
+            // Its next datagram tries again, for as long as the other end is not there.
+            debug!(service = %local.service, why, "a flow is refused");
+        } else if let Some(more) = self.refusals.pass(Instant::now()) {
             warn!("{}: a client is refused: {why}{more}", local.service);
         }
         if let Some(socket) = local.socket {
@@ -275,7 +285,7 @@ impl Driver {
 
     /// The peer asks for a stream to a service: starts connecting, or refuses.
     pub(super) fn asked(&mut self, stream: StreamId, service: &str) {
-        let Some(endpoint) = self.services.get(service).cloned() else {
+        let Some(target) = self.services.get(service).cloned() else {
             return self.refuse(stream, service, Reason::NoSuchService, "no -i names it");
         };
         if self.connects.len() >= MAX_CONNECTING {
@@ -289,10 +299,10 @@ impl Driver {
         let deadline = self.settings.connect_timeout;
         let key = self.locals.vacant_key();
         let task = self.connects.spawn(async move {
-            let result = tokio::time::timeout(deadline, Socket::connect(&endpoint)).await;
+            let result = tokio::time::timeout(deadline, target.connect()).await;
             let result = result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-            let named = result
-                .map_err(|error| io::Error::new(error.kind(), format!("{endpoint}: {error}")));
+            let named =
+                result.map_err(|error| io::Error::new(error.kind(), format!("{target}: {error}")));
             (key, stream, named)
         });
         debug!(%stream, service, "connecting");

@@ -39,8 +39,8 @@ use virtproxy_mux::{Config, End, Reason, Session, StreamId};
 use crate::channel::{Channel, Link, Needs, Progress};
 use crate::edges::Edges;
 use crate::log_limit::LogLimit;
-use crate::socket::{Listener, Socket};
-use crate::spec::{Endpoint, ForwardSpec};
+use crate::socket::{Listener, Socket, Target};
+use crate::spec::ForwardSpec;
 use local::Local;
 
 /// Turns in a row before other tasks of the thread get theirs.
@@ -67,6 +67,8 @@ pub struct Settings {
     pub wait_for_peer: Duration,
     /// How long streams may go on after a request to end.
     pub grace: Duration,
+    /// How long a UDP flow may carry nothing before it is ended.
+    pub udp_timeout: Duration,
     /// Limits of the session.
     pub session: Config,
 }
@@ -116,7 +118,7 @@ pub struct Driver {
     events: Events,
     /// There may be events that `sockets` has not been asked for.
     events_pending: bool,
-    services: HashMap<String, Endpoint>,
+    services: HashMap<String, Target>,
     outlets: Vec<Outlet>,
     locals: Slab<Local>,
     by_stream: HashMap<StreamId, usize>,
@@ -166,7 +168,7 @@ impl Driver {
         let mut listening = Vec::new();
         for (index, forward) in outlets.iter().enumerate() {
             let listen = async {
-                let mut listener = Listener::bind(&forward.endpoint).await?;
+                let mut listener = Listener::bind(forward, settings.udp_timeout).await?;
                 listener.register(sockets.registry(), Token(index))?;
                 Ok(listener)
             };
@@ -184,8 +186,11 @@ impl Driver {
         }
         let services = services
             .iter()
-            .map(|forward| (forward.service.to_string(), forward.endpoint.clone()))
-            .collect();
+            .map(|forward| {
+                let target = Target::new(forward, settings.udp_timeout)?;
+                Ok((forward.service.to_string(), target))
+            })
+            .collect::<io::Result<_>>()?;
         let now = Instant::now();
         Ok(Driver {
             session: Session::new(settings.session.clone(), new_epoch()?),
@@ -473,7 +478,8 @@ pub enum DriverError {
     Io(#[from] io::Error),
 }
 
-async fn sleep_until(deadline: Option<Instant>) {
+/// Waits until `deadline`; for ever if there is none.
+pub(crate) async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
         None => std::future::pending().await,

@@ -20,6 +20,11 @@ fn named(name: &str, port: u16) -> Endpoint {
     Endpoint::Tcp { host, port }
 }
 
+fn udp(host: &str, port: u16) -> Endpoint {
+    let host = host.parse().unwrap();
+    Endpoint::Udp { host, port }
+}
+
 fn unix(path: &str) -> Endpoint {
     Endpoint::Unix(path.into())
 }
@@ -76,9 +81,24 @@ fn forwards_parse_and_print_the_same() {
         (
             "dns/udp:127.0.0.1:53",
             "dns/udp",
+            udp("127.0.0.1", 53),
+            None,
+        ),
+        ("a/b/udp:[::1]:0:x", "a/b/udp", udp("[::1]", 0), Some("x")),
+        (
+            "/udp:ns.example.org:53",
+            "/udp",
+            udp("ns.example.org", 53),
+            None,
+        ),
+        ("udp:127.0.0.1:53", "udp", tcp("127.0.0.1", 53), None),
+        (
+            "dns/UDP:127.0.0.1:53",
+            "dns/UDP",
             tcp("127.0.0.1", 53),
             None,
         ),
+        ("dns/udp/x:/run/x:-", "dns/udp/x", unix("/run/x"), None),
         (
             "A.b_c-9/z:127.0.0.1:1",
             "A.b_c-9/z",
@@ -263,6 +283,8 @@ fn each_wrong_forward_says_which_field_and_what_to_write() {
         ("http:/run/x.sock:80", PortAfterPath("80".into())),
         ("http:127.0.0.1:-", NoNumber("127.0.0.1".into())),
         ("http:[::1]:-", NoNumber("[::1]".into())),
+        ("dns/udp:127.0.0.1:-", NoNumber("127.0.0.1".into())),
+        ("dns/udp:/run/dns.sock:-", UdpPath("/run/dns.sock".into())),
         ("http:::1:80", NoBrackets("::1".into())),
         ("http:fe80::1:80:90", NoBrackets("fe80::1:80".into())),
         ("http:10.0.0.1:-:1", NoNumber("10.0.0.1".into())),
@@ -364,6 +386,11 @@ fn only_a_listener_may_leave_the_port_to_the_kernel() {
     assert!(ForwardSpec::parse_listen("http:127.0.0.1:0").is_ok());
     assert_eq!(
         ForwardSpec::parse_target("http:127.0.0.1:0"),
+        Err(SpecError::TargetPortZero)
+    );
+    assert!(ForwardSpec::parse_listen("dns/udp:127.0.0.1:0").is_ok());
+    assert_eq!(
+        ForwardSpec::parse_target("dns/udp:127.0.0.1:0"),
         Err(SpecError::TargetPortZero)
     );
     assert!(ForwardSpec::parse_target("http:127.0.0.1:80").is_ok());

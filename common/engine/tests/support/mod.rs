@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
+pub(crate) mod ends;
 pub(crate) mod side;
 
 use std::future::Future;
@@ -23,6 +24,7 @@ pub(crate) fn settings() -> Settings {
         connect_timeout: Duration::from_secs(5),
         wait_for_peer: Duration::from_secs(5),
         grace: Duration::from_millis(200),
+        udp_timeout: Duration::from_secs(60),
         session: Config::default(),
     }
 }

@@ -1,0 +1,147 @@
+//! One flow: a pipe to the driver, and who is at the other side of it.
+
+use std::fmt::Display;
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use mio::event::Source;
+use mio::net::UdpSocket;
+use mio::{Interest, Registry, Token};
+use tracing::debug;
+
+use super::clients::{Client, ClientSocket};
+use super::pipe::Pipe;
+use crate::log_limit::LogLimit;
+
+/// Datagrams that a flow moves in one turn, each way.
+pub(super) const BATCH: usize = 32;
+
+/// Who datagrams come from and go to.
+pub(super) enum Remote {
+    /// A client of `-o`, reached through the socket that all of them share; what it sends does not come through here.
+    Client(Arc<ClientSocket>, Client),
+    /// The target of `-i`, through a socket of the flow's own that is connected to it.
+    Target(UdpSocket),
+}
+
+impl Remote {
+    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Remote::Client(..) => Err(io::ErrorKind::WouldBlock.into()),
+            Remote::Target(socket) => socket.recv(buffer),
+        }
+    }
+
+    fn send(&self, datagram: &[u8]) -> io::Result<()> {
+        match self {
+            Remote::Client(socket, client) => socket.send(client, datagram),
+            Remote::Target(socket) => match socket.send(datagram) {
+                // So an earlier datagram fared; this one was not sent.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    socket.send(datagram)
+                }
+                result => result,
+            }
+            .map(drop),
+        }
+    }
+}
+
+/// See the [module](self).
+pub(super) struct Flow {
+    pipe: Pipe,
+    pub(super) remote: Remote,
+    pub(super) started: Instant,
+    /// When it last carried a datagram.
+    pub(super) used: Instant,
+    /// Whether it stands in the bridge's queue.
+    pub(super) queued: bool,
+}
+
+impl Flow {
+    pub(super) fn new(pipe: Pipe, remote: Remote) -> Self {
+        let now = Instant::now();
+        Flow {
+            pipe,
+            remote,
+            started: now,
+            used: now,
+            queued: false,
+        }
+    }
+
+    /// Its events, edge-triggered, under `token`.
+    pub(super) fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+        self.pipe.register(registry, token)?;
+        match &mut self.remote {
+            Remote::Client(..) => Ok(()),
+            Remote::Target(socket) => socket.register(registry, token, Interest::READABLE),
+        }
+    }
+
+    /// Sends one datagram of the remote's to the driver. An error ends the flow.
+    pub(super) fn put(&mut self, datagram: &[u8], losses: &mut Losses) -> io::Result<()> {
+        if self.pipe.put(datagram)? {
+            self.used = Instant::now();
+        } else {
+            losses.note("its stream is backed up");
+        }
+        Ok(())
+    }
+
+    /// One turn: a batch each way; whether there may be more. An error ends the flow.
+    pub(super) fn turn(&mut self, buffer: &mut [u8], losses: &mut Losses) -> io::Result<bool> {
+        self.pipe.flush()?;
+        let mut more = true;
+        for _ in 0..BATCH {
+            match self.remote.receive(buffer) {
+                Ok(n) => {
+                    self.put(&buffer[..n], losses)?;
+                    more = true;
+                }
+                Err(error) => {
+                    more = false;
+                    if error.kind() == io::ErrorKind::WouldBlock {
+                        break;
+                    }
+                    // The system's word on an earlier datagram; others may be waiting behind it.
+                    losses.note(&error);
+                }
+            }
+        }
+        let (remote, mut carried) = (&self.remote, false);
+        more |= self
+            .pipe
+            .take(buffer, BATCH, |datagram| match remote.send(datagram) {
+                Ok(()) => carried = true,
+                Err(error) => losses.note(&error),
+            })?;
+        if carried {
+            self.used = Instant::now();
+        }
+        Ok(more)
+    }
+}
+
+/// Tells of the datagrams that a forward loses.
+pub(super) struct Losses {
+    service: String,
+    limit: LogLimit,
+}
+
+impl Losses {
+    pub(super) fn new(service: &str) -> Self {
+        Losses {
+            service: service.into(),
+            limit: LogLimit::default(),
+        }
+    }
+
+    /// One more was lost.
+    pub(super) fn note(&mut self, why: impl Display) {
+        if let Some(more) = self.limit.pass(Instant::now()) {
+            debug!("{}: a datagram is lost: {why}{more}", self.service);
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! Two drivers in one process, which a test joins by socket pairs as often as it likes.
+
+use std::io;
+use std::os::unix::net::UnixStream as StdUnixStream;
+
+use tokio::sync::{mpsc, watch};
+use virtproxy_engine::channel::{BoxFuture, Channel, Link};
+use virtproxy_engine::driver::{Driver, Settings};
+use virtproxy_engine::fd_link::FdLink;
+use virtproxy_engine::spec::ForwardSpec;
+
+/// A channel whose links are handed in by the test.
+struct Handed(mpsc::UnboundedReceiver<StdUnixStream>);
+
+impl Channel for Handed {
+    fn open(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Link>>> {
+        Box::pin(async {
+            match self.0.recv().await {
+                Some(socket) => Ok(Box::new(FdLink::new(socket.into())?) as Box<dyn Link>),
+                None => std::future::pending().await,
+            }
+        })
+    }
+
+    fn name(&self) -> &str {
+        "handed"
+    }
+}
+
+/// One end under test.
+pub(crate) struct End {
+    pub(crate) links: mpsc::UnboundedSender<StdUnixStream>,
+    pub(crate) stop: watch::Sender<bool>,
+    pub(crate) done: tokio::task::JoinHandle<io::Result<()>>,
+}
+
+/// One end, with its forwards as a user writes them.
+pub(crate) async fn end(settings: Settings, out: &[String], serve: &[String]) -> End {
+    let parse = |specs: &[String]| -> Vec<ForwardSpec> {
+        specs.iter().map(|spec| spec.parse().unwrap()).collect()
+    };
+    end_with(settings, &parse(out), &parse(serve)).await
+}
+
+/// One end.
+pub(crate) async fn end_with(
+    settings: Settings,
+    out: &[ForwardSpec],
+    serve: &[ForwardSpec],
+) -> End {
+    let driver = Driver::new(settings, out, serve).await.unwrap();
+    let (links, receiver) = mpsc::unbounded_channel();
+    let (stop, stopped) = watch::channel(false);
+    let done = tokio::task::spawn_local(driver.run(Box::new(Handed(receiver)), stopped));
+    End { links, stop, done }
+}
+
+/// A new link between two ends; shutting down what is returned cuts it.
+pub(crate) fn join(a: &End, b: &End) -> StdUnixStream {
+    let (x, y) = StdUnixStream::pair().unwrap();
+    let cut = x.try_clone().unwrap();
+    a.links.send(x).unwrap();
+    b.links.send(y).unwrap();
+    cut
+}
