@@ -56,6 +56,8 @@ pub mod kind {
     pub const PONG: u8 = 0x0a;
     /// The sender is going away: reason u16, text.
     pub const GOAWAY: u8 = 0x0b;
+    /// Means nothing; completes a frame that lost bytes, so that the loss shows.
+    pub const PADDING: u8 = 0x80;
     /// First byte of the handshake's magic; never a frame type.
     pub const HELLO: u8 = crate::hello::MAGIC[0];
 }

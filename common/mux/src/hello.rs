@@ -23,6 +23,8 @@ pub const MAX_HELLO_LEN: usize = 512;
 pub const MIN_LIMIT: u32 = 4096;
 /// The longest product name and version, in bytes.
 pub const MAX_PRODUCT_LEN: usize = 64;
+/// The feature of sealed frames, which is in force as soon as one side asks for it.
+pub const SEAL: u64 = 1;
 
 const REST_AT: usize = MAGIC.len();
 const BODY_AT: usize = REST_AT + 2;
@@ -43,7 +45,7 @@ pub struct Hello {
     pub epoch: u64,
     /// The other side's epoch that this answers; 0 if it has heard none.
     pub ack: u64,
-    /// Bits of optional behaviour; in force are those that both sides set.
+    /// Bits of optional behaviour; in force are those that both sides set, and [`SEAL`] if either does.
     pub features: u64,
     /// The longest DATA payload it takes, in bytes.
     pub max_frame: u32,

@@ -20,6 +20,7 @@ pub mod frame;
 pub mod hello;
 pub mod reason;
 mod schedule;
+pub mod seal;
 pub mod session;
 #[cfg(feature = "sim")]
 pub mod sim;
@@ -29,6 +30,6 @@ mod table;
 pub use hello::{Hello, VERSION};
 pub use reason::{End, Reason, Violation};
 pub use session::{
-    Config, DEFAULT_TURN, Event, OpenError, Payload, Session, Stats, Time, Transmit,
+    Config, DEFAULT_TURN, Envelope, Event, OpenError, Payload, Session, Stats, Time, Transmit,
 };
 pub use stream::StreamId;

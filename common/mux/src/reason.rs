@@ -76,6 +76,8 @@ pub enum End {
     PeerRestarted,
     /// The other end said that it ends the session.
     PeerAborted(Reason),
+    /// The channel lost or added bytes: what arrived is not what the other end sent.
+    Damaged,
     /// The other end broke the protocol.
     Violation(Violation),
 }
@@ -85,6 +87,7 @@ impl fmt::Display for End {
         match self {
             End::PeerRestarted => f.write_str("the other end restarted"),
             End::PeerAborted(reason) => write!(f, "the other end ended the session: {reason}"),
+            End::Damaged => f.write_str("the channel lost or added bytes"),
             End::Violation(violation) => write!(f, "the other end broke the protocol: {violation}"),
         }
     }

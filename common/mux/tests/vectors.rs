@@ -4,8 +4,10 @@ mod support;
 
 use std::collections::VecDeque;
 
-use support::{Bench, EPOCH, PEER, frame, hello};
+use support::{Bench, EPOCH, PEER, Sealer, frame, hello};
 use virtproxy_mux::frame::{MAX_CONTROL_FRAME, kind};
+use virtproxy_mux::hello::SEAL;
+use virtproxy_mux::seal::Seals;
 use virtproxy_mux::{Config, End, Event, Reason, StreamId, Transmit};
 
 const VECTORS: &str = include_str!("../vectors.txt");
@@ -51,6 +53,16 @@ fn every_vector_holds() {
 }
 
 #[test]
+fn seals_are_those_of_the_protocol() {
+    let (mut written, mut made) = (Sealer::new(EPOCH, PEER), Seals::new(EPOCH, PEER));
+    let first: Vec<_> = (0..3).map(|_| written.next()).collect();
+    let numbers = [0x60f8_88f3_u32, 0xf758_69fb, 0xf068_7d26];
+    assert_eq!(first, numbers.map(u32::to_le_bytes));
+    assert_eq!(first, [(); 3].map(|()| made.next_seal()));
+    assert_ne!(first[0], Seals::new(PEER, EPOCH).next_seal());
+}
+
+#[test]
 fn every_vector_holds_byte_by_byte() {
     run(1);
 }
@@ -87,11 +99,21 @@ impl Script {
         if state == "seeking" {
             return;
         }
+        let (sealed, state) = match state.strip_prefix("sealed ") {
+            Some(state) => (true, state),
+            None => (false, state),
+        };
+        let mut hello = hello(PEER, EPOCH);
+        if sealed {
+            hello.features = SEAL;
+            self.bench.sealers = Some([Sealer::new(PEER, EPOCH), Sealer::new(EPOCH, PEER)]);
+        }
         self.sends();
-        self.gets(&hello(PEER, EPOCH).encode());
+        self.gets(&hello.encode());
         self.sends();
         let ping = self.sends();
-        self.gets(&frame(kind::PONG, 0, &ping[8..]));
+        let pong = self.bench.seal(&frame(kind::PONG, 0, &ping[8..16]));
+        self.gets(&pong);
         match state {
             "joined" => {}
             "opening" => {
@@ -99,7 +121,8 @@ impl Script {
                 self.sends();
             }
             "asked" | "open" => {
-                self.gets(&support::open(0, 65536, "http"));
+                let open = self.bench.seal(&support::open(0, 65536, "http"));
+                self.gets(&open);
                 if state == "open" {
                     self.command("accept");
                     self.sends();
@@ -154,6 +177,7 @@ impl Script {
                 self.ended = Some(match end {
                     End::PeerRestarted => "restarted".into(),
                     End::PeerAborted(reason) => format!("aborted {}", reason.code()),
+                    End::Damaged => "damaged".into(),
                     End::Violation(violation) => format!("violation {violation:?}"),
                 });
                 return;
@@ -198,7 +222,7 @@ impl Script {
                 Some(Transmit::Data { stream, max }) => {
                     assert!(self.to_send.len() <= max);
                     let data = std::mem::take(&mut self.to_send);
-                    return [&session.sent(stream, data.len())[..], &data].concat();
+                    return session.sent(stream, data.len()).around(&data);
                 }
             }
         }

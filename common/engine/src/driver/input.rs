@@ -1,12 +1,17 @@
 //! Input: what the link received goes through the session to the local sockets.
+//!
+//! Data is written straight from the link's memory. In a sealed session it may not be written before the seal behind it
+//! was seen; a frame that lies in one batch is looked at from behind, and only one that is cut by the end of a batch is
+//! copied, into `staged`, until the rest of it is here.
 
 use std::time::Instant;
 
 use tracing::{debug, info, trace, warn};
+use virtproxy_mux::seal::SEAL_LEN;
 use virtproxy_mux::{Event, Reason, StreamId};
 
-use super::Driver;
 use super::local::Phase;
+use super::{Driver, STALL};
 use crate::segment::{Cursor, Segment};
 use crate::spec::is_udp;
 
@@ -17,10 +22,17 @@ impl Driver {
     /// Takes all bytes of `segments`. What follows the end of a session is dropped: whoever restarted says nothing more
     /// before it is answered.
     pub(super) fn on_bytes(&mut self, segments: &[Segment<'_>]) {
-        let mut cursor = Cursor::new(segments);
+        self.take_all(Cursor::new(segments));
+        let waits = self.session.is_sealed() && self.session.is_mid_frame();
+        self.stall = waits.then(|| Instant::now() + self.patience);
+    }
+
+    fn take_all(&mut self, mut cursor: Cursor<'_, '_>) {
         let mut glance = [0; GLANCE];
         while cursor.remaining() > 0 && self.ended.is_none() {
-            if let Some(payload) = self.session.payload() {
+            if let Some(len) = self.session.unverified() {
+                self.verify(len, &mut cursor);
+            } else if let Some(payload) = self.session.payload() {
                 let n = payload.remaining.min(cursor.remaining());
                 match payload.stream {
                     Some(stream) => self.deliver(stream, &mut cursor, n),
@@ -38,10 +50,34 @@ impl Driver {
         }
     }
 
+    /// Shows the session the seal behind the payload of `len` bytes that comes next, if it is here.
+    fn verify(&mut self, len: usize, cursor: &mut Cursor<'_, '_>) {
+        let whole = len + SEAL_LEN;
+        let mut seal = [0; SEAL_LEN];
+        if self.staged.is_empty() && cursor.remaining() >= whole {
+            let mut behind = cursor.clone();
+            behind.advance(len);
+            behind.peek(&mut seal);
+            return self.session.verify(seal);
+        }
+        let (have, n) = (self.staged.len(), cursor.remaining());
+        self.staged.resize(whole.min(have + n), 0);
+        cursor.read(&mut self.staged[have..]);
+        if self.staged.len() == whole {
+            let mut staged = std::mem::take(&mut self.staged);
+            seal.copy_from_slice(&staged[len..]);
+            self.session.verify(seal);
+            self.take_all(Cursor::new(&[Segment::from_slice(&mut staged)]));
+            staged.clear();
+            self.staged = staged;
+        }
+    }
+
     /// Moves the next `n` bytes to a stream's socket.
     fn deliver(&mut self, stream: StreamId, cursor: &mut Cursor<'_, '_>, n: usize) {
         let now = self.now();
         trace!(%stream, hop = "channel-to-socket", bytes = n);
+        self.patience = STALL;
         let local = self
             .by_stream
             .get(&stream)

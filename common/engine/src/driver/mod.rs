@@ -49,6 +49,11 @@ const TURNS_BEFORE_YIELD: u32 = 8;
 const EVENTS: usize = 256;
 /// How often the peer is asked for a sign of life, and how long it may take before that is reported.
 const KEEPALIVE: Duration = Duration::from_secs(30);
+/// How often the handshake is repeated where it may get lost.
+const SEEK_AGAIN: Duration = Duration::from_secs(5);
+/// How long the rest of a frame may keep us waiting, where it may be lost, until the other end is asked about it. Doubles
+/// each time, until data flows again.
+const STALL: Duration = Duration::from_millis(200);
 /// How long the last frames may take to leave when the program ends.
 const FAREWELL: Duration = Duration::from_millis(500);
 /// A session that lasted this long starts the back-off anew.
@@ -128,6 +133,11 @@ pub struct Driver {
     session: Session,
     /// What the link asks of the session.
     needs: Needs,
+    /// The part that is here of a payload whose seal is not.
+    staged: Vec<u8>,
+    /// When the other end is to be asked about the rest of a frame, and how long it is given next time.
+    stall: Option<Instant>,
+    patience: Duration,
     /// Why the link must end, found while bytes were handled.
     ended: Option<End>,
     restarts: (Instant, u32),
@@ -195,6 +205,9 @@ impl Driver {
         Ok(Driver {
             session: Session::new(settings.session.clone(), new_epoch()?),
             needs: Needs::default(),
+            staged: Vec::new(),
+            stall: None,
+            patience: STALL,
             settings,
             sockets,
             events: Events::with_capacity(EVENTS),
@@ -239,7 +252,7 @@ impl Driver {
             };
             debug!(channel = channel.name(), "link up");
             self.needs = link.needs();
-            self.session = self.new_session()?;
+            self.new_session()?;
             let up = Instant::now();
             let outcome = match self.serve(&mut *link, &mut stop).await {
                 Ok(outcome) => outcome,
@@ -262,7 +275,7 @@ impl Driver {
             };
             self.abort_streams("the link to the other end is down");
             // At once: clients that come before the next link must find no session.
-            self.session = self.new_session()?;
+            self.new_session()?;
             self.incompatible = false;
             drop(link);
             if up.elapsed() >= STABLE {
@@ -360,7 +373,7 @@ impl Driver {
         stopping: Option<&Stopping>,
     ) {
         let stop_step = stopping.map(|stopping| stopping.deadline);
-        let deadlines = [self.deadline(), stop_step, Some(self.next_ping)];
+        let deadlines = [self.deadline(), stop_step, Some(self.next_ping), self.stall];
         let deadline = deadlines.into_iter().flatten().min();
         tokio::select! {
             biased;
@@ -383,9 +396,9 @@ impl Driver {
         }
         self.restarts.1 += 1;
         match end {
-            End::PeerRestarted if self.restarts.1 <= MAX_RESTARTS => {
-                info!("the other end restarted");
-                self.session = self.new_session()?;
+            End::PeerRestarted | End::Damaged if self.restarts.1 <= MAX_RESTARTS => {
+                info!("{end}");
+                self.new_session()?;
                 Ok(None)
             }
             end => {
@@ -428,10 +441,15 @@ impl Driver {
     /// Asks for a sign of life now and then, and reports its absence; a paused machine is not a dead one.
     fn keepalive(&mut self) {
         let now = Instant::now();
+        if self.stall.is_some_and(|at| at <= now) {
+            self.stall = None;
+            self.patience = (self.patience * 2).min(KEEPALIVE);
+            self.session.stalled();
+        }
         if now < self.next_ping {
             return;
         }
-        self.next_ping = now + KEEPALIVE;
+        self.next_ping = now + self.ping_interval();
         let answered = self.session.ping_sent().is_none();
         // Asked again and again: that is what makes a peer that restarted unseen show itself.
         self.session.ping();
@@ -443,6 +461,14 @@ impl Driver {
         }
     }
 
+    fn ping_interval(&self) -> Duration {
+        if self.session.is_sealed() && !self.session.is_established() {
+            SEEK_AGAIN
+        } else {
+            KEEPALIVE
+        }
+    }
+
     /// When something that is not an event must be looked at.
     fn deadline(&self) -> Option<Instant> {
         let client = self.waiting.front().and_then(|key| self.waits_until(*key));
@@ -450,15 +476,19 @@ impl Driver {
         [client, accept].into_iter().flatten().min()
     }
 
-    /// A session that has yet to shake hands, over the present link.
-    fn new_session(&self) -> io::Result<Session> {
+    /// Begins a session that has yet to shake hands, over the present link.
+    fn new_session(&mut self) -> io::Result<()> {
         let Needs { seal, turn } = self.needs;
         let config = Config {
             seal,
             turn,
             ..self.settings.session.clone()
         };
-        Ok(Session::new(config, new_epoch()?))
+        self.session = Session::new(config, new_epoch()?);
+        self.next_ping = Instant::now() + self.ping_interval();
+        self.staged.clear();
+        (self.stall, self.patience) = (None, STALL);
+        Ok(())
     }
 
     /// Microseconds since the driver started.

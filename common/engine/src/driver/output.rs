@@ -38,8 +38,12 @@ impl Driver {
             Ok(Read::Bytes(n)) => {
                 let more = local.readable;
                 trace!(%stream, hop = "socket-to-channel", bytes = n);
-                cursor.write(&self.session.sent(stream, n));
+                let envelope = self.session.sent(stream, n);
+                cursor.write(&envelope.header);
                 cursor.advance(n);
+                if let Some(seal) = envelope.seal {
+                    cursor.write(&seal);
+                }
                 if !more {
                     self.session.blocked(stream);
                 }

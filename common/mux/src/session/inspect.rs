@@ -1,6 +1,8 @@
 //! Looks inside a session, for its simulator and tests; nothing here changes anything.
 
-use super::Session;
+use alloc::vec::Vec;
+
+use super::{Envelope, Session};
 use crate::stream::StreamId;
 
 /// Where the credit of a stream, or of the whole session, stands at one end, in bytes.
@@ -14,6 +16,14 @@ pub struct CreditView {
     pub held: u32,
     /// What the local side has taken and was not granted anew.
     pub returnable: u32,
+}
+
+impl Envelope {
+    /// The frame that it makes of `payload`.
+    pub fn around(&self, payload: &[u8]) -> Vec<u8> {
+        let seal = self.seal.as_ref().map_or(&[][..], |seal| seal);
+        [&self.header, payload, seal].concat()
+    }
 }
 
 impl Session {

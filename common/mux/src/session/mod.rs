@@ -11,7 +11,7 @@
 //!              v                          |
 //!          [Seeking] ---------------------+--> [Established]
 //!           skips all but HELLOs                  |  |
-//!                                                 |  | violation, peer's HELLO, peer's GOAWAY with a fault
+//!                                                 |  | violation, wrong seal, peer's HELLO, peer's GOAWAY with a fault
 //!                                                 v  v
 //!                                               [Ended]
 //! ```
@@ -19,10 +19,13 @@
 //! # Call contract
 //!
 //! *Input*, for each batch of bytes that arrived, until they are used up:
-//! 1. [`Session::payload`]: if it is `Some`, the next bytes are data: move up to `remaining` of them to the stream's
+//! 1. [`Session::unverified`]: if it is `Some(n)`, the next `n` bytes may not be looked at before their seal, the
+//!    [`SEAL_LEN`] bytes behind them, is known to be right: once those have arrived too, and not earlier, give a copy of
+//!    them to [`Session::verify`];
+//! 2. else [`Session::payload`]: if it is `Some`, the next bytes are data: move up to `remaining` of them to the stream's
 //!    local side (or drop them, if `stream` is `None`) and say so with [`Session::payload_taken`];
-//! 2. else hand a copy of some bytes to [`Session::handle_bytes`], which says how many it used;
-//! 3. after either, take every [`Session::poll_event`].
+//! 3. else hand a copy of some bytes to [`Session::handle_bytes`], which says how many it used;
+//! 4. after each of them, take every [`Session::poll_event`].
 //!
 //! Data is never refused: credit was granted for it, so the driver keeps what the local side does not take, and
 //! calls [`Session::consumed`] exactly once for each byte that left its hands (written, or dropped), even if the stream
@@ -30,8 +33,9 @@
 //!
 //! *Output*, while the link has room: [`Session::poll_transmit`]. A [`Transmit::Control`] frame is in the buffer. For
 //! a [`Transmit::Data`], leave [`HEADER_LEN`] bytes of room, read up to `max` bytes from the stream's local side behind
-//! it, and call exactly one of [`Session::sent`] (which gives the header), [`Session::blocked`] (nothing to read now),
-//! [`Session::finish`] (end of file) or [`Session::reset`].
+//! it, and call exactly one of [`Session::sent`] (which gives the header, and the seal if there is to be one behind the
+//! bytes; there is room for it), [`Session::blocked`] (nothing to read now), [`Session::finish`] (end of file) or
+//! [`Session::reset`].
 //!
 //! *Commands* may be given at any time. On a stream that is already gone they do nothing: its end is in the events.
 //!
@@ -51,10 +55,11 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use crate::credit::Credit;
-use crate::frame::{HEADER_LEN, MAX_PAYLOAD, MAX_TEXT_LEN, valid_service_name};
-use crate::hello::{Hello, MIN_LIMIT, VERSION, truncate};
+use crate::frame::{HEADER_LEN, Header, MAX_PAYLOAD, MAX_TEXT_LEN, valid_service_name};
+use crate::hello::{Hello, MIN_LIMIT, SEAL, VERSION, truncate};
 use crate::reason::{End, Reason};
 use crate::schedule::Schedule;
+use crate::seal::{SEAL_LEN, Seals};
 use crate::stream::{Address, Half, MAX_SLOTS, Note, Phase, Receive, Stream, StreamId};
 use crate::table::{Streams, line_up};
 
@@ -189,6 +194,15 @@ pub enum Transmit {
     },
 }
 
+/// What goes around the payload of a data frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Envelope {
+    /// What goes before it.
+    pub header: [u8; HEADER_LEN],
+    /// What goes behind it, if frames are sealed.
+    pub seal: Option<[u8; SEAL_LEN]>,
+}
+
 /// Data that comes next in the input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Payload {
@@ -226,6 +240,8 @@ enum State {
 enum Expect {
     /// A header, a control frame, or anything while seeking.
     Frame,
+    /// The payload of this header, and its seal, which is not known yet.
+    Unverified(Header),
     /// Data of a live stream.
     Data(StreamId, usize),
     /// Bytes nobody wants.
@@ -242,6 +258,14 @@ struct Owed {
     pong: Option<u64>,
     ping: bool,
     goaway: Option<(Reason, Box<str>)>,
+    /// So many bytes of frames are to follow, whatever they mean.
+    padding: usize,
+}
+
+/// The seals of a session's two directions.
+struct Sealing {
+    sending: Seals,
+    receiving: Seals,
 }
 
 /// See the [module](self).
@@ -256,6 +280,8 @@ pub struct Session {
     /// We told the peer, or it told us, that no new streams are taken.
     going_away: bool,
     peer_going_away: bool,
+    /// From the handshake on, if frames are sealed.
+    sealing: Option<Sealing>,
 
     expect: Expect,
     /// A frame that has not arrived whole.
@@ -302,6 +328,7 @@ impl Session {
             answered: 0,
             going_away: false,
             peer_going_away: false,
+            sealing: None,
             expect: Expect::Frame,
             partial: Vec::new(),
             events: VecDeque::new(),
@@ -440,11 +467,11 @@ impl Session {
         });
     }
 
-    /// `n` bytes of this stream's data were put behind the header that this returns.
+    /// `n` bytes of this stream's data are sent in the envelope that this returns.
     ///
     /// # Panics
     /// If `n` is more than the `max` that [`Session::poll_transmit`] allowed.
-    pub fn sent(&mut self, id: StreamId, n: usize) -> [u8; HEADER_LEN] {
+    pub fn sent(&mut self, id: StreamId, n: usize) -> Envelope {
         self.account_sent(id, n)
     }
 
@@ -453,16 +480,47 @@ impl Session {
         self.return_credit(now, id, n);
     }
 
-    /// Measures the round trip; [`Event::RoundTrip`] follows.
+    /// Asks the peer for a sign of life. If it answers, [`Event::RoundTrip`] follows.
     ///
-    /// Asked again while the answer is outstanding and a frame has not arrived whole, it repeats our HELLO: that means
-    /// nothing to the peer of this session, but makes one that restarted in mid-frame show itself (`PROTOCOL.md`, "Cut
-    /// frames"). So a driver calls this now and then as long as the peer is silent.
+    /// Asked again while the answer is outstanding and a frame has not arrived whole, it does what [`Session::stalled`]
+    /// does. On a channel that may lose bytes, what was lost is sent again: the PING, or a HELLO while seeking. So a driver
+    /// calls this now and then as long as the peer is silent.
     pub fn ping(&mut self) {
-        if self.ping_sent.is_none() {
-            self.owed.ping |= self.is_established();
-        } else if self.expect != Expect::Frame || !self.partial.is_empty() {
+        let outstanding = self.ping_sent.is_some();
+        match self.state {
+            State::Established if outstanding && self.is_mid_frame() => self.stalled(),
+            State::Established => self.owed.ping |= !outstanding || self.is_sealed(),
+            State::Seeking if self.is_sealed() && self.owed.filler == 0 => {
+                self.owed.hello.get_or_insert(0);
+            }
+            State::Seeking | State::Ended => {}
+        }
+    }
+
+    /// Whether a frame has arrived in part.
+    pub fn is_mid_frame(&self) -> bool {
+        self.is_established() && (self.expect != Expect::Frame || !self.partial.is_empty())
+    }
+
+    /// The rest of a frame keeps us waiting: repeats our HELLO. That makes a peer that restarted in mid-frame show itself,
+    /// and one that did not complete what the channel lost, if frames are sealed (`PROTOCOL.md`, "Cut frames").
+    pub fn stalled(&mut self) {
+        if self.is_mid_frame() {
             self.owed.hello = self.peer().map(|peer| peer.epoch);
+        }
+    }
+
+    /// Whether frames are sealed, or (before the handshake) will be as far as is known: one of the ends has asked for it.
+    pub fn is_sealed(&self) -> bool {
+        let asked = |peer: &Hello| peer.features & SEAL != 0;
+        self.config.seal || self.peer.as_ref().is_some_and(asked)
+    }
+
+    /// Bytes that the seal of a frame takes.
+    fn seal_len(&self) -> usize {
+        match self.sealing {
+            Some(_) => SEAL_LEN,
+            None => 0,
         }
     }
 

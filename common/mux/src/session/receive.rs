@@ -2,14 +2,15 @@
 
 use alloc::string::String;
 
-use super::{Event, Expect, MAX_WINDOW, Payload, Session, State, Time, end_receiving};
+use super::{Event, Expect, MAX_WINDOW, Payload, Sealing, Session, State, Time, end_receiving};
 use crate::credit::Credit;
 use crate::frame::{
-    HEADER_LEN, Header, MAX_CONTROL_FRAME, MAX_CONTROL_PAYLOAD, MAX_PAYLOAD, MAX_SERVICE_LEN,
-    MAX_TEXT_LEN, kind, split_u16, split_u32, valid_service_name,
+    HEADER_LEN, Header, IGNORABLE, MAX_CONTROL_FRAME, MAX_CONTROL_PAYLOAD, MAX_PAYLOAD,
+    MAX_SERVICE_LEN, MAX_TEXT_LEN, kind, split_u16, split_u32, valid_service_name,
 };
 use crate::hello::{Hello, MAGIC, Parse, printable};
 use crate::reason::{End, Reason, Violation};
+use crate::seal::{SEAL_LEN, Seals};
 use crate::stream::{Address, Half, Phase, Stream, StreamId};
 
 /// How many round trips a whole window may take for it to count as what holds the stream back.
@@ -18,10 +19,32 @@ const GROWTH_ROUND_TRIPS: Time = 4;
 const UNKNOWN_ROUND_TRIP: Time = 5_000;
 
 impl Session {
+    /// The length of the payload that comes next in the input, if its seal must be seen first.
+    pub fn unverified(&self) -> Option<usize> {
+        match self.expect {
+            Expect::Unverified(header) => Some(header.len as usize),
+            _ => None,
+        }
+    }
+
+    /// The seal behind the payload that [`Session::unverified`] announced. If it is right, the payload comes next.
+    ///
+    /// # Panics
+    /// If none was announced.
+    pub fn verify(&mut self, seal: [u8; SEAL_LEN]) {
+        let Expect::Unverified(header) = self.expect else {
+            panic!("no payload to verify");
+        };
+        let sound = self.check_seal(seal);
+        if let Err(end) = sound.and_then(|()| self.bulk(header).map_err(End::Violation)) {
+            self.fail(end);
+        }
+    }
+
     /// The data that comes next in the input, if data comes next.
     pub fn payload(&self) -> Option<Payload> {
         match self.expect {
-            Expect::Frame => None,
+            Expect::Frame | Expect::Unverified(_) => None,
             Expect::Data(id, remaining) => Some(Payload {
                 stream: Some(id),
                 remaining,
@@ -47,6 +70,7 @@ impl Session {
             .checked_sub(n)
             .expect("more than was announced");
         self.expect = match (payload.stream, left) {
+            (Some(_), 0) if self.sealing.is_some() => Expect::Skip(SEAL_LEN),
             (_, 0) => Expect::Frame,
             (Some(id), left) => Expect::Data(id, left),
             (None, left) => Expect::Skip(left),
@@ -109,7 +133,7 @@ impl Session {
         let need = match self.frame_len() {
             Ok(len) => len,
             Err(violation) => {
-                self.fail(violation);
+                self.fail(self.blame(violation));
                 return 0;
             }
         };
@@ -118,17 +142,39 @@ impl Session {
         if self.partial.len() < need {
             return n;
         }
-        let result = if need == HEADER_LEN && self.partial[0] != kind::HELLO {
-            self.header()
+        let result = if self.partial[0] == kind::HELLO {
+            self.hello_again().map_err(|bad| self.blame(bad))
+        } else if need == HEADER_LEN {
+            self.header().map_err(|bad| self.blame(bad))
         } else {
-            self.frame(now)
+            self.sealed_frame(now)
         };
         match result {
             Ok(()) if self.frame_done() => self.partial.clear(),
             Ok(()) => {}
-            Err(violation) => self.fail(violation),
+            Err(end) => self.fail(end),
         }
         n
+    }
+
+    /// Whose fault it is that something that no seal vouches for is wrong.
+    fn blame(&self, violation: Violation) -> End {
+        match self.sealing {
+            Some(_) => End::Damaged,
+            None => End::Violation(violation),
+        }
+    }
+
+    /// Checks the seal of the frame that has arrived.
+    fn check_seal(&mut self, seal: [u8; SEAL_LEN]) -> Result<(), End> {
+        let next = self
+            .sealing
+            .as_mut()
+            .map(|sealing| sealing.receiving.next_seal());
+        match next.is_none_or(|next| next == seal) {
+            true => Ok(()),
+            false => Err(End::Damaged),
+        }
     }
 
     /// How many bytes of the current frame must be gathered before the next decision.
@@ -143,7 +189,7 @@ impl Session {
             };
         }
         match self.partial.first_chunk() {
-            Some(head) => Ok(HEADER_LEN + Header::decode(*head).len as usize),
+            Some(head) => Ok(HEADER_LEN + Header::decode(*head).len as usize + self.seal_len()),
             None => Ok(HEADER_LEN),
         }
     }
@@ -152,8 +198,9 @@ impl Session {
     fn frame_done(&self) -> bool {
         match self.partial.first_chunk() {
             Some(head) if head[0] != kind::HELLO => {
+                let len = Header::decode(*head).len as usize;
                 self.expect != Expect::Frame
-                    || self.partial.len() == HEADER_LEN + Header::decode(*head).len as usize
+                    || self.partial.len() == HEADER_LEN + len + self.seal_len()
             }
             Some(_) => matches!(Hello::parse(&self.partial), Parse::Whole(..)),
             None => false,
@@ -171,32 +218,42 @@ impl Session {
             return Ok(());
         }
         header.check()?;
+        let bulk = header.kind == kind::DATA || header.kind & IGNORABLE != 0;
+        if bulk && header.len > self.config.max_frame {
+            return Err(match header.kind {
+                kind::DATA => Violation::CreditOverdrawn,
+                kind => Violation::BadLength {
+                    kind,
+                    len: header.len,
+                },
+            });
+        }
+        debug_assert!(bulk || header.len as usize <= MAX_CONTROL_PAYLOAD);
+        match (header.kind, &self.sealing) {
+            (_, Some(_)) if bulk => self.expect = Expect::Unverified(header),
+            (_, Some(_)) => {}
+            (kind::FIN, None) => self.fin(Address::from_wire(header.stream))?,
+            (_, None) if bulk => self.bulk(header)?,
+            (_, None) => {}
+        }
+        Ok(())
+    }
+
+    /// Decides what becomes of a payload that does not go through `partial`.
+    fn bulk(&mut self, header: Header) -> Result<(), Violation> {
+        self.expect = match header.len as usize + self.seal_len() {
+            0 => Expect::Frame,
+            len => Expect::Skip(len),
+        };
         match header.kind {
             kind::DATA => self.data(header),
-            kind::FIN => self.fin(Address::from_wire(header.stream)),
-            known if known < kind::GOAWAY + 1 => {
-                debug_assert!(header.len as usize <= MAX_CONTROL_PAYLOAD);
-                Ok(())
-            }
-            kind if header.len > self.config.max_frame => Err(Violation::BadLength {
-                kind,
-                len: header.len,
-            }),
-            _ignorable => {
-                if header.len > 0 {
-                    self.expect = Expect::Skip(header.len as usize);
-                }
-                Ok(())
-            }
+            _ => Ok(()),
         }
     }
 
     /// Accounts for a data frame whose payload comes next.
     fn data(&mut self, header: Header) -> Result<(), Violation> {
         let (at, len) = (Address::from_wire(header.stream), header.len);
-        if len > self.config.max_frame {
-            return Err(Violation::CreditOverdrawn);
-        }
         self.receive
             .granted
             .spend(len)
@@ -216,10 +273,9 @@ impl Session {
             (Phase::Closing, _) => Ok(false),
             _ => Err(Violation::Unexpected(kind::DATA)),
         });
-        self.expect = match self.live(wanted)? {
-            Some(id) => Expect::Data(id, len as usize),
-            None => Expect::Skip(len as usize),
-        };
+        if let Some(id) = self.live(wanted)? {
+            self.expect = Expect::Data(id, len as usize);
+        }
         Ok(())
     }
 
@@ -258,19 +314,29 @@ impl Session {
         Ok(())
     }
 
-    /// A handshake or control frame is complete.
-    fn frame(&mut self, now: Time) -> Result<(), Violation> {
-        if self.partial[0] == kind::HELLO {
-            match Hello::parse(&self.partial) {
-                Parse::Whole(hello) => self.greet(hello),
-                Parse::Partial => {}
-                Parse::Garbage => return Err(Violation::BadHello),
-            }
-            return Ok(());
+    /// One more byte of a handshake in mid-session is there.
+    fn hello_again(&mut self) -> Result<(), Violation> {
+        match Hello::parse(&self.partial) {
+            Parse::Whole(hello) => self.greet(hello),
+            Parse::Partial => {}
+            Parse::Garbage => return Err(Violation::BadHello),
         }
+        Ok(())
+    }
+
+    /// A control frame is complete, with its seal if it has one.
+    fn sealed_frame(&mut self, now: Time) -> Result<(), End> {
+        let seal = self.partial.last_chunk().copied().unwrap_or_default();
+        self.check_seal(seal)?;
+        self.frame(now).map_err(End::Violation)
+    }
+
+    /// A control frame is complete and sound.
+    fn frame(&mut self, now: Time) -> Result<(), Violation> {
         let mut copy = [0; MAX_CONTROL_FRAME];
-        let frame = &mut copy[..self.partial.len()];
-        frame.copy_from_slice(&self.partial);
+        let len = self.partial.len() - self.seal_len();
+        let frame = &mut copy[..len];
+        frame.copy_from_slice(&self.partial[..len]);
         let Some((head, payload)) = frame.split_first_chunk() else {
             return Ok(());
         };
@@ -294,6 +360,7 @@ impl Session {
                 let reason = Reason::from_code(code);
                 self.over(at, header.kind, reason, printable(text, MAX_TEXT_LEN))
             }
+            kind::FIN => self.fin(at),
             kind::CREDIT => {
                 let (bytes, _) = split_u32(payload).ok_or(short)?;
                 let added = self.with_at(at, |stream, _| match stream.phase {
@@ -453,6 +520,9 @@ impl Session {
                 .is_some_and(|peer| peer.epoch == hello.epoch);
             if !(same && for_us) {
                 self.end(End::PeerRestarted);
+            } else if self.sealing.is_some() {
+                // It waits for the rest of a frame. That is late, or lost: then what we send next shows it.
+                self.owed.padding = hello.max_frame.min(MAX_PAYLOAD) as usize + SEAL_LEN;
             }
             return;
         }
@@ -481,17 +551,24 @@ impl Session {
             }
         } else if for_us {
             self.state = State::Established;
+            self.sealing = self.is_sealed().then(|| Sealing {
+                sending: Seals::new(self.epoch, hello.epoch),
+                receiving: Seals::new(hello.epoch, self.epoch),
+            });
             self.send = Credit::new(hello.session_window.min(MAX_WINDOW)).unwrap_or_default();
             self.owed.ping = true;
             self.events.push_back(Event::Established(hello));
         }
     }
 
-    /// Ends the session for what the peer did, and tells it.
-    fn fail(&mut self, violation: Violation) {
-        let text = alloc::format!("{violation}");
-        self.end(End::Violation(violation));
-        self.owed.goaway = Some((Reason::ProtocolError, text.into()));
+    /// Ends the session for what arrived, and tells the peer if that is to blame.
+    fn fail(&mut self, end: End) {
+        let farewell = match &end {
+            End::Violation(violation) => Some(alloc::format!("{violation}")),
+            _ => None,
+        };
+        self.end(end);
+        self.owed.goaway = farewell.map(|text| (Reason::ProtocolError, text.into()));
     }
 
     fn end(&mut self, end: End) {

@@ -1,14 +1,17 @@
 //! Output: which frame goes next.
 
-use super::{Session, State, Time, Transmit};
+use super::{Envelope, Session, State, Time, Transmit};
 use crate::frame::{HEADER_LEN, Header, MAX_CONTROL_FRAME, Writer, kind};
-use crate::hello::{Hello, MAX_PRODUCT_LEN, truncate};
+use crate::hello::{Hello, MAX_PRODUCT_LEN, SEAL, truncate};
 use crate::reason::Reason;
 use crate::schedule::Schedule;
+use crate::seal::SEAL_LEN;
 use crate::stream::{Note, Phase, Stream, StreamId};
 
-/// The least room worth starting a data frame in, in bytes.
-const MIN_DATA_ROOM: usize = HEADER_LEN + 1024;
+/// The least data worth a frame of its own, in bytes.
+const MIN_DATA: usize = 1024;
+/// Payload of a padding frame, in bytes: it fits wherever a control frame does.
+const MAX_PADDING: usize = MAX_CONTROL_FRAME - HEADER_LEN - SEAL_LEN;
 
 impl Session {
     /// The next frame to send, if there is one that fits in `room` bytes. Control frames are written to `buf`, which
@@ -21,36 +24,59 @@ impl Session {
             if room < MAX_CONTROL_FRAME {
                 return None;
             }
-            if let Some(len) = self.session_frame(now, buf) {
+            if let Some(len) = self.handshake(buf) {
                 return Some(Transmit::Control(len));
             }
-            while let Some(id) = self.control.front().copied() {
-                match self.with(id, |stream, _| stream_frame(stream, buf)) {
-                    Some(Some(len)) => return Some(Transmit::Control(len)),
-                    Some(None) | None => {
-                        self.control.pop_front();
-                    }
-                }
+            let frame = self.session_frame(now, buf);
+            if let Some(len) = frame.or_else(|| self.stream_frames(buf)) {
+                return Some(Transmit::Control(self.seal(buf, len)));
             }
         }
-        self.data_turn(room)
+        self.data_turn(room).or_else(|| self.padding(room, buf))
+    }
+
+    /// Puts its seal behind the frame of `len` bytes at the front of `buf`; returns how long it is now.
+    fn seal(&mut self, buf: &mut [u8], len: usize) -> usize {
+        match self.next_seal(len) {
+            Some(seal) => {
+                buf[len..len + SEAL_LEN].copy_from_slice(&seal);
+                len + SEAL_LEN
+            }
+            None => len,
+        }
+    }
+
+    /// The seal of the frame that is sent now, of `len` bytes, if it gets one.
+    fn next_seal(&mut self, len: usize) -> Option<[u8; SEAL_LEN]> {
+        let sealing = self.sealing.as_mut()?;
+        self.owed.padding = self.owed.padding.saturating_sub(len + SEAL_LEN);
+        Some(sealing.sending.next_seal())
+    }
+
+    /// A frame that means nothing, if a peer that may have lost bytes waits for more and there is nothing better.
+    fn padding(&mut self, room: usize, buf: &mut [u8]) -> Option<Transmit> {
+        if self.owed.padding == 0 || room < MAX_CONTROL_FRAME {
+            return None;
+        }
+        let frame = Writer::new(buf, kind::PADDING, 0);
+        let len = frame.bytes(&[0; MAX_PADDING]).finish();
+        Some(Transmit::Control(self.seal(buf, len)))
     }
 
     fn data_turn(&mut self, room: usize) -> Option<Transmit> {
         let max_frame = self.peer()?.max_frame as usize;
-        if room < MIN_DATA_ROOM || self.send.bytes() == 0 {
+        let room = room.checked_sub(HEADER_LEN + self.seal_len())?;
+        if room < MIN_DATA || self.send.bytes() == 0 {
             return None;
         }
         let (id, turn) = self.schedule.next(&mut self.streams)?;
         let credit = self.streams.get(id)?.send.min(self.send).bytes();
-        let max = (room - HEADER_LEN)
-            .min(max_frame)
-            .min(credit.min(turn) as usize);
+        let max = room.min(max_frame).min(credit.min(turn) as usize);
         Some(Transmit::Data { stream: id, max })
     }
 
     /// See [`Session::sent`].
-    pub(super) fn account_sent(&mut self, id: StreamId, n: usize) -> [u8; HEADER_LEN] {
+    pub(super) fn account_sent(&mut self, id: StreamId, n: usize) -> Envelope {
         let len = u32::try_from(n).expect("no longer than a frame");
         self.send.spend(len).expect("within the session's credit");
         self.stats.data_sent += u64::from(len);
@@ -58,12 +84,15 @@ impl Session {
             stream.send.spend(len).expect("within the stream's credit");
             Schedule::spent(stream, len);
         });
-        Header {
+        let header = Header {
             kind: kind::DATA,
             len,
             stream: id.address().to_wire(),
+        };
+        Envelope {
+            header: header.encode(),
+            seal: self.next_seal(HEADER_LEN + n),
         }
-        .encode()
     }
 
     fn owes_session_credit(&self) -> bool {
@@ -71,8 +100,8 @@ impl Session {
             && self.receive.returnable >= self.config.session_window / 4
     }
 
-    /// A frame that the session itself owes.
-    fn session_frame(&mut self, now: Time, buf: &mut [u8]) -> Option<usize> {
+    /// What is sent outside of all sessions, and never sealed: HELLO, and filler.
+    fn handshake(&mut self, buf: &mut [u8]) -> Option<usize> {
         if let Some(ack) = self.owed.hello.take() {
             let hello = self.hello(ack).encode();
             buf[..hello.len()].copy_from_slice(&hello);
@@ -87,6 +116,11 @@ impl Session {
             }
             return Some(len);
         }
+        None
+    }
+
+    /// A frame that the session itself owes.
+    fn session_frame(&mut self, now: Time, buf: &mut [u8]) -> Option<usize> {
         if let Some(token) = self.owed.pong.take() {
             return Some(token_frame(buf, kind::PONG, token));
         }
@@ -107,6 +141,19 @@ impl Session {
         None
     }
 
+    /// A frame that a stream owes.
+    fn stream_frames(&mut self, buf: &mut [u8]) -> Option<usize> {
+        while let Some(id) = self.control.front().copied() {
+            match self.with(id, |stream, _| stream_frame(stream, buf)) {
+                Some(Some(len)) => return Some(len),
+                Some(None) | None => {
+                    self.control.pop_front();
+                }
+            }
+        }
+        None
+    }
+
     fn hello(&self, ack: u64) -> Hello {
         let (min_version, max_version) = self.config.versions;
         Hello {
@@ -114,7 +161,7 @@ impl Session {
             max_version,
             epoch: self.epoch,
             ack,
-            features: 0,
+            features: if self.config.seal { SEAL } else { 0 },
             max_frame: self.config.max_frame,
             session_window: self.config.session_window,
             max_streams: self.config.max_streams,

@@ -431,8 +431,8 @@ impl End {
         local.sent += n as u64;
         local.to_send -= n as u64;
         record.sent[local.role as usize] = local.sent;
-        pipe.push(now, &self.session.sent(id, n));
-        pipe.push(now, &bytes);
+        let envelope = self.session.sent(id, n);
+        pipe.push(now, &envelope.around(&bytes));
     }
 
     /// When a local side will do something of its own accord.

@@ -1,15 +1,10 @@
 //! Randomness that a seed repeats: splitmix64.
 
+use crate::seal::{GOLDEN, mix};
+
 /// A run of numbers that its seed determines.
 #[derive(Clone, Debug)]
 pub struct Rng(u64);
-
-/// What splitmix64 makes of one number.
-pub(crate) fn mix(n: u64) -> u64 {
-    let n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let n = (n ^ (n >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    n ^ (n >> 31)
-}
 
 impl Rng {
     /// The run of `seed`.
@@ -19,7 +14,7 @@ impl Rng {
 
     /// The next number.
     pub fn number(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        self.0 = self.0.wrapping_add(GOLDEN);
         mix(self.0)
     }
 

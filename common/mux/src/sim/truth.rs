@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::format;
 use std::string::String;
 
-use super::rng::mix;
 use super::{Plan, Side};
+use crate::seal::{GOLDEN, mix};
 
 /// The opener's part of a stream, or the acceptor's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +74,7 @@ pub(crate) fn key(service: &str) -> Option<u64> {
 
 /// The bytes from `offset` on of what `role` sends on stream `key`: no other stream, and no other offset, has the same run.
 pub(crate) fn bytes(key: u64, role: Role, offset: u64) -> impl Iterator<Item = u8> {
-    let seed = (key << 1 | role as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let seed = (key << 1 | role as u64).wrapping_mul(GOLDEN);
     let blocks = (offset >> 3..).flat_map(move |block| mix(seed ^ block).to_le_bytes());
     blocks.skip(usize::try_from(offset & 7).unwrap_or(0))
 }

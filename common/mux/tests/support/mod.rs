@@ -3,6 +3,7 @@
 #![allow(dead_code)] // each test binary uses its part
 
 use virtproxy_mux::frame::{HEADER_LEN, Header, MAX_CONTROL_FRAME, kind};
+use virtproxy_mux::seal::SEAL_LEN;
 use virtproxy_mux::{Config, Event, Hello, Session, StreamId, Transmit};
 
 /// Epoch of the session under test.
@@ -12,6 +13,39 @@ pub(crate) const PEER: u64 = 0x5555_6666_7777_8888;
 /// The stream field of what the receiver of the frame opened.
 pub(crate) const YOURS: u32 = 1 << 31;
 
+/// The seals of one direction, made anew from `PROTOCOL.md`.
+pub(crate) struct Sealer {
+    seed: u64,
+    count: u64,
+}
+
+impl Sealer {
+    pub(crate) fn new(sender: u64, receiver: u64) -> Self {
+        Sealer {
+            seed: Self::mix(sender).wrapping_add(receiver),
+            count: 0,
+        }
+    }
+
+    pub(crate) fn mix(mut z: u64) -> u64 {
+        z = (z ^ z >> 30).wrapping_mul(0xbf58476d1ce4e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d049bb133111eb);
+        z ^ z >> 31
+    }
+
+    pub(crate) fn next(&mut self) -> [u8; SEAL_LEN] {
+        self.count += 1;
+        let step = self.count.wrapping_mul(0x9e3779b97f4a7c15);
+        let number = Self::mix(self.seed.wrapping_add(step));
+        u32::try_from(number >> 32).unwrap().to_le_bytes()
+    }
+
+    /// The next frame with its seal.
+    pub(crate) fn seal(&mut self, frame: &[u8]) -> Vec<u8> {
+        [frame, &self.next()].concat()
+    }
+}
+
 /// A session, and all that came out of it.
 pub(crate) struct Bench {
     pub(crate) session: Session,
@@ -20,6 +54,10 @@ pub(crate) struct Bench {
     pub(crate) data: Vec<(Option<StreamId>, Vec<u8>)>,
     /// How many bytes are handed over at a time.
     pub(crate) step: usize,
+    /// Of what the peer says, and of what it hears, if frames are sealed.
+    pub(crate) sealers: Option<[Sealer; 2]>,
+    /// A payload whose seal is not here yet.
+    staged: Vec<u8>,
 }
 
 /// A frame as the session under test sent it.
@@ -33,16 +71,28 @@ pub(crate) enum Sent {
 impl Bench {
     /// A session that has shaken hands; its first PING is answered.
     pub(crate) fn new(config: Config) -> Self {
+        let seal = config.seal;
         let mut bench = Self::seeking(config);
         bench.sent();
         let events = bench.feed(&hello(PEER, EPOCH).encode());
         assert!(matches!(events[..], [Event::Established(_)]), "{events:?}");
+        if seal {
+            bench.sealers = Some([Sealer::new(PEER, EPOCH), Sealer::new(EPOCH, PEER)]);
+        }
         for sent in bench.sent() {
             if let Sent::Frame(kind::PING, 0, token) = sent {
-                bench.feed(&frame(kind::PONG, 0, &token));
+                bench.say(&frame(kind::PONG, 0, &token));
             }
         }
         bench
+    }
+
+    /// A session that has shaken hands, with sealed frames.
+    pub(crate) fn sealed() -> Self {
+        Self::new(Config {
+            seal: true,
+            ..Config::default()
+        })
     }
 
     /// A session that has heard nothing yet.
@@ -52,6 +102,22 @@ impl Bench {
             now: 1_000_000,
             data: Vec::new(),
             step: usize::MAX,
+            sealers: None,
+            staged: Vec::new(),
+        }
+    }
+
+    /// Hands over a frame, with its seal if frames are sealed.
+    pub(crate) fn say(&mut self, frame: &[u8]) -> Vec<Event> {
+        let frame = self.seal(frame);
+        self.feed(&frame)
+    }
+
+    /// What the peer sends next if it sends this frame.
+    pub(crate) fn seal(&mut self, frame: &[u8]) -> Vec<u8> {
+        match &mut self.sealers {
+            Some([says, _]) => says.seal(frame),
+            None => frame.to_vec(),
         }
     }
 
@@ -61,16 +127,26 @@ impl Bench {
         let mut rest = bytes;
         while !rest.is_empty() && !self.session.is_ended() {
             let now = &rest[..rest.len().min(self.step)];
-            let used = match self.session.payload() {
-                Some(payload) => {
+            let before = events.len();
+            let used = match (self.session.unverified(), self.session.payload()) {
+                (Some(len), _) => {
+                    let n = (len + SEAL_LEN - self.staged.len()).min(now.len());
+                    self.staged.extend(&now[..n]);
+                    if self.staged.len() == len + SEAL_LEN {
+                        let frame = std::mem::take(&mut self.staged);
+                        self.session.verify(*frame.last_chunk().unwrap());
+                        events.extend(self.feed(&frame));
+                    }
+                    n
+                }
+                (None, Some(payload)) => {
                     let n = payload.remaining.min(now.len());
                     self.data.push((payload.stream, now[..n].to_vec()));
                     self.session.payload_taken(n);
                     n
                 }
-                None => self.session.handle_bytes(self.now, now),
+                (None, None) => self.session.handle_bytes(self.now, now),
             };
-            let before = events.len();
             events.extend(std::iter::from_fn(|| self.session.poll_event()));
             self.session.check_invariants();
             assert!(
@@ -89,11 +165,23 @@ impl Bench {
         while let Some(transmit) = self.session.poll_transmit(self.now, 1 << 20, &mut buf) {
             self.session.check_invariants();
             match transmit {
-                Transmit::Control(len) => out.push(Sent::new(&buf[..len])),
+                Transmit::Control(len) => out.push(Sent::new(self.unseal(&buf[..len]))),
                 Transmit::Data { stream, .. } => self.session.blocked(stream),
             }
         }
         out
+    }
+
+    /// A frame that was sent, without its seal, which must be right.
+    fn unseal<'a>(&mut self, sent: &'a [u8]) -> &'a [u8] {
+        match &mut self.sealers {
+            Some([_, hears]) if sent[0] != kind::HELLO && sent[0] != kind::FILLER => {
+                let (frame, seal) = sent.split_at(sent.len() - SEAL_LEN);
+                assert_eq!(seal, hears.next(), "a wrong seal");
+                frame
+            }
+            _ => sent,
+        }
     }
 
     /// A stream opened by the peer and accepted here.
@@ -106,7 +194,7 @@ impl Bench {
 
     /// A stream the peer asked for.
     pub(crate) fn asked(&mut self, address: u32, window: u32) -> StreamId {
-        match &self.feed(&open(address, window, "echo"))[..] {
+        match &self.say(&open(address, window, "echo"))[..] {
             [Event::Asked { stream, .. }] => *stream,
             other => panic!("{other:?}"),
         }
