@@ -2,7 +2,7 @@
 //! The simulator checks; proptest searches, and shrinks what it finds.
 
 use proptest::prelude::*;
-use virtproxy_mux::sim::{Answer, Garbage, Op, Pair, Plan, Reading, Setup, Side, Split};
+use virtproxy_mux::sim::{Answer, Fault, Garbage, Op, Pair, Plan, Reading, Setup, Side, Split};
 
 fn side() -> impl Strategy<Value = Side> {
     prop_oneof![Just(Side::A), Just(Side::B)]
@@ -75,6 +75,19 @@ fn life() -> impl Strategy<Value = Op> {
     ]
 }
 
+/// The same, and what befalls a channel that nobody watches.
+fn hard_life() -> impl Strategy<Value = Op> {
+    let fault = prop_oneof![
+        (1..6_000_u16).prop_map(Fault::Lose),
+        (1..6_000_u16).prop_map(Fault::Double),
+        any::<u8>().prop_map(Fault::Insert),
+    ];
+    prop_oneof![
+        10 => life(),
+        1 => (side(), any::<u16>(), fault).prop_map(|(side, place, fault)| Op::Fault(side, place, fault)),
+    ]
+}
+
 fn run(setup: Setup, ops: Vec<Op>) {
     let mut pair = Pair::new(setup);
     for op in ops {
@@ -94,6 +107,11 @@ proptest! {
     #[test]
     fn whatever_befalls_the_ends_new_streams_are_sound(seed: u64, ops in prop::collection::vec(life(), 1..60)) {
         run(Setup::tight(seed), ops);
+    }
+
+    #[test]
+    fn whatever_befalls_a_channel_sealed_streams_are_sound(seed: u64, ops in prop::collection::vec(hard_life(), 1..60)) {
+        run(Setup::tight(seed).sealed(), ops);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Two sessions against each other in virtual time: named scenes, and long random runs.
 
-use virtproxy_mux::sim::{Answer, Garbage, Op, Pair, Plan, Reading, Rng, Setup, Side, Split};
+use virtproxy_mux::sim::{
+    Answer, Fault, Garbage, Op, Pair, Plan, Reading, Rng, Setup, Side, Split,
+};
 use virtproxy_mux::{Config, End};
 
 /// A short request and a short answer, both ended.
@@ -87,9 +89,19 @@ fn bulk_delays_a_request_by_what_is_in_flight_and_no_more() {
 
 #[test]
 fn either_end_restarts_at_any_byte() {
+    restarts_at_any_byte(|setup| setup);
+}
+
+/// What was cut off a frame is never filled up with wrong bytes here.
+#[test]
+fn either_end_restarts_at_any_byte_of_a_sealed_session() {
+    restarts_at_any_byte(Setup::sealed);
+}
+
+fn restarts_at_any_byte(kind: fn(Setup) -> Setup) {
     for side in BOTH {
         for cut in (0..5_000).step_by(53) {
-            let mut pair = joined(Setup::tight(u64::from(cut)));
+            let mut pair = joined(kind(Setup::tight(u64::from(cut))));
             for opener in BOTH {
                 pair.open(opener, BULK);
             }
@@ -233,6 +245,46 @@ fn windows_grow_with_a_fast_reader() {
     assert!(credit.granted > 16 * 1024, "{credit:?}");
 }
 
+/// A session in which one fault befalls bulk that B sends, at a place and of a length that follow from `n`.
+fn fault_in_bulk(setup: Setup, n: u16) -> Pair {
+    let mut pair = joined(setup);
+    for opener in BOTH {
+        pair.open(opener, BULK);
+    }
+    pair.run(1_000 + u64::from(n));
+    let fault = match n % 3 {
+        0 => Fault::Lose(1 + n / 3),
+        1 => Fault::Double(1 + n / 3),
+        _ => Fault::Insert((1 + n / 3).to_le_bytes()[0]),
+    };
+    pair.apply(Op::Fault(Side::B, n.wrapping_mul(41), fault));
+    pair
+}
+
+#[test]
+fn a_fault_in_a_sealed_session_ends_it_and_nothing_else() {
+    for n in 0..300 {
+        let mut pair = fault_in_bulk(Setup::tight(u64::from(n)).sealed(), n);
+        pair.settle();
+        let tally = pair.tally(Side::A);
+        assert_eq!((tally.wrong, tally.damaged), (0, 1), "fault {n}");
+        assert_eq!(pair.last_end(Side::A), Some(&End::Damaged));
+        assert_eq!(pair.last_end(Side::B), Some(&End::PeerRestarted));
+        requests_work(&mut pair);
+    }
+}
+
+/// So the test above can fail: its faults do harm where frames are not sealed.
+#[test]
+fn the_same_faults_without_seals_give_streams_wrong_bytes() {
+    let wrong = (0..300).filter(|n| {
+        let mut pair = fault_in_bulk(Setup::tight(u64::from(*n)), *n);
+        pair.run(100_000);
+        pair.tally(Side::A).wrong > 0
+    });
+    assert!(wrong.count() > 100);
+}
+
 /// Runs `ops` random operations from `seed`.
 fn random_run(setup: Setup, ops: u64) {
     let mut rng = Rng::new(setup.seed ^ 0x5eed);
@@ -264,6 +316,23 @@ fn damaged_run(setup: Setup, ops: u64) {
     requests_work(&mut pair);
 }
 
+/// The same on a channel that loses and adds runs of bytes without a word. What is asked of sealed sessions there is no
+/// less than on a sound one, but that they last.
+fn faulty_run(setup: Setup, ops: u64) {
+    let mut rng = Rng::new(setup.seed ^ 0xfa11);
+    let mut pair = Pair::new(setup);
+    for _ in 0..ops {
+        pair.apply(match rng.below(20) {
+            0 => Op::random_fault(&mut rng),
+            _ => Op::random(&mut rng),
+        });
+    }
+    pair.settle();
+    // Clears away what fills the limits.
+    pair.apply(Op::LinkDown(Garbage::None, Garbage::None));
+    requests_work(&mut pair);
+}
+
 /// How many runs: a few, or as many as `MUX_SIM_RUNS` says.
 fn seeds() -> Vec<u64> {
     let number = |name| Some(std::env::var(name).ok()?.parse().expect("a number"));
@@ -286,5 +355,22 @@ fn random_runs_on_a_channel_that_damages_bytes() {
     for seed in seeds() {
         damaged_run(Setup::random(seed), 500);
         damaged_run(Setup::tight(seed), 500);
+    }
+}
+
+#[test]
+fn random_runs_with_seals() {
+    for seed in seeds() {
+        random_run(Setup::random(seed).sealed(), 1000);
+        random_run(Setup::tight(seed).sealed(), 1000);
+    }
+}
+
+#[test]
+fn random_runs_on_a_channel_that_loses_and_adds_bytes() {
+    for seed in seeds() {
+        for setup in [Setup::random(seed), Setup::tight(seed)] {
+            faulty_run(setup.sealed(), 1000);
+        }
     }
 }

@@ -1,12 +1,14 @@
 //! Raw bytes into one session: from the start, or behind a sound handshake with a few streams open.
 //!
 //! The first byte chooses the start and in what pieces the rest arrives. Whatever comes, the session must not panic, must keep its
-//! invariants and must stay within its memory.
+//! invariants and must stay within its memory. If frames are sealed, the rest is cut into frames that each get their seal, but for
+//! those whose payload ends in a byte that says otherwise.
 
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use virtproxy_mux::frame::{MAX_CONTROL_FRAME, kind};
+use virtproxy_mux::frame::{HEADER_LEN, Header, MAX_CONTROL_FRAME, kind};
+use virtproxy_mux::seal::{SEAL_LEN, Seals};
 use virtproxy_mux::{Config, Event, Hello, Reason, Session, StreamId, Transmit};
 
 const EPOCH: u64 = 0x1111_1111_1111_1111;
@@ -18,6 +20,10 @@ struct Driver {
     streams: Vec<(StreamId, usize)>,
     /// Whether output is taken.
     drains: bool,
+    /// The part that is here of a payload whose seal is not.
+    staged: Vec<u8>,
+    /// What the peer seals its frames with, if it does.
+    seals: Option<Seals>,
 }
 
 impl Driver {
@@ -26,16 +32,24 @@ impl Driver {
         while !rest.is_empty() && !self.session.is_ended() {
             self.now += 50;
             let now = &rest[..rest.len().min(step)];
-            let used = match self.session.payload() {
-                Some(payload) => {
-                    let n = payload.remaining.min(now.len());
-                    if let Some(id) = payload.stream {
-                        self.hold(id, n);
-                    }
-                    self.session.payload_taken(n);
-                    n
+            let used = if let Some(len) = self.session.unverified() {
+                let n = (len + SEAL_LEN - self.staged.len()).min(now.len());
+                self.staged.extend(&now[..n]);
+                if self.staged.len() == len + SEAL_LEN {
+                    let staged = std::mem::take(&mut self.staged);
+                    self.session.verify(*staged.last_chunk().expect("a seal"));
+                    self.feed(&staged, step);
                 }
-                None => self.session.handle_bytes(self.now, now),
+                n
+            } else if let Some(payload) = self.session.payload() {
+                let n = payload.remaining.min(now.len());
+                if let Some(id) = payload.stream {
+                    self.hold(id, n);
+                }
+                self.session.payload_taken(n);
+                n
+            } else {
+                self.session.handle_bytes(self.now, now)
             };
             rest = &rest[used..];
             let mut events = 0;
@@ -51,6 +65,27 @@ impl Driver {
         }
         self.transmit();
         self.check();
+    }
+
+    /// Hands over the frames in `bytes`, each with its seal if the peer seals them.
+    fn say(&mut self, bytes: &[u8], step: usize) {
+        let mut rest = bytes;
+        while self.seals.is_some() && !rest.is_empty() {
+            let payload = match rest.first_chunk() {
+                Some(head) if head[0] != kind::HELLO => Header::decode(*head).len as usize,
+                _ => rest.len(),
+            };
+            let (frame, behind) = rest.split_at((HEADER_LEN + payload).min(rest.len()));
+            self.feed(frame, step);
+            if frame.last() != Some(&0xff)
+                && let Some(seals) = &mut self.seals
+            {
+                let seal = seals.next_seal();
+                self.feed(&seal, step);
+            }
+            rest = behind;
+        }
+        self.feed(rest, step);
     }
 
     fn hold(&mut self, id: StreamId, n: usize) {
@@ -122,13 +157,17 @@ fuzz_target!(|data: &[u8]| {
         session_window: 65536,
         memory: 1 << 20,
         max_frame: 4096,
+        seal: how & 32 != 0,
         ..Config::default()
     };
+    let sealed = config.seal;
     let mut driver = Driver {
         session: Session::new(config, EPOCH),
         now: 1,
         streams: Vec::new(),
         drains: how & 2 != 0,
+        staged: Vec::new(),
+        seals: None,
     };
     let step = [1, 3, 7, usize::MAX][usize::from(how >> 6)];
     if how & 1 != 0 {
@@ -145,6 +184,7 @@ fuzz_target!(|data: &[u8]| {
         };
         driver.feed(&hello.encode(), usize::MAX);
         assert!(driver.session.is_established());
+        driver.seals = sealed.then(|| Seals::new(PEER, EPOCH));
         for number in 0..u32::from(how >> 2 & 7) {
             let Ok(id) = driver.session.open("fuzz") else {
                 continue;
@@ -154,8 +194,8 @@ fuzz_target!(|data: &[u8]| {
             let accept = [kind::ACCEPT, 4, 0, 0, 0, 0, 0, 0x80, 0, 16, 0, 0];
             let mut accept = accept;
             accept[4] = number.to_le_bytes()[0];
-            driver.feed(&accept, usize::MAX);
+            driver.say(&accept, usize::MAX);
         }
     }
-    driver.feed(bytes, step);
+    driver.say(bytes, step);
 });

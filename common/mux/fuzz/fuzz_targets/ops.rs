@@ -11,8 +11,15 @@ fuzz_target!(|input: (u16, Vec<Op>)| {
         0 => Setup::random(u64::from(seed)),
         _ => Setup::tight(u64::from(seed)),
     };
+    let sealed = seed & 4 != 0;
+    let setup = if sealed { setup.sealed() } else { setup };
     let mut pair = Pair::new(setup);
-    let damaged = ops.iter().any(|op| matches!(op, Op::Corrupt(..)));
+    // Seals notice what is lost and added, and both ends are well again by themselves.
+    let damaged = ops.iter().any(|op| match op {
+        Op::Corrupt(..) => true,
+        Op::Fault(..) => !sealed,
+        _ => false,
+    });
     for op in ops.into_iter().take(200) {
         match op {
             Op::Settle if damaged => pair.quiet(),

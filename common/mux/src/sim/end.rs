@@ -7,8 +7,9 @@ use super::pipe::Pipe;
 use super::truth::{self, Role, Truth};
 use super::{Answer, Plan, Reading, Rng, Side, Tally};
 use crate::frame::MAX_CONTROL_FRAME;
-use crate::hello::Hello;
+use crate::hello::{Hello, SEAL};
 use crate::reason::{End as SessionEnd, Reason};
+use crate::seal::SEAL_LEN;
 use crate::session::{Config, Event, OpenError, Session, Time, Transmit};
 use crate::stream::StreamId;
 
@@ -104,8 +105,14 @@ pub(crate) struct End {
     pub(crate) tally: Tally,
     /// Why the last session of this end ended, if not by restart.
     pub(crate) last_end: Option<SessionEnd>,
-    /// Bytes were damaged or cut off on the way here: what this session delivers may be wrong.
+    /// Bytes were damaged on the way here: what this session delivers may be wrong.
     pub(crate) tainted: bool,
+    /// Bytes were lost or added on the way here, but frames are sealed: this session may end, nothing else.
+    pub(crate) disturbed: bool,
+    /// A PING was answered.
+    pub(crate) answered: bool,
+    /// The part that is here of a payload whose seal is not.
+    staged: Vec<u8>,
 }
 
 impl End {
@@ -120,7 +127,14 @@ impl End {
             tally: Tally::default(),
             last_end: None,
             tainted: false,
+            disturbed: false,
+            answered: false,
+            staged: Vec::new(),
         }
+    }
+
+    pub(crate) fn asks_for_seals(&self) -> bool {
+        self.config.seal
     }
 
     /// Starts over with a new session; every stream of the old one is over.
@@ -130,7 +144,8 @@ impl End {
         self.locals.clear();
         self.epoch = rng.number() | 1;
         self.session = Session::new(self.config.clone(), self.epoch);
-        self.tainted = false;
+        (self.tainted, self.disturbed, self.answered) = (false, false, false);
+        self.staged.clear();
     }
 
     pub(crate) fn set_config(&mut self, config: Config) {
@@ -144,7 +159,7 @@ impl End {
             max_version: self.config.versions.1,
             epoch: self.epoch,
             ack: 0,
-            features: 0,
+            features: if self.config.seal { SEAL } else { 0 },
             max_frame: self.config.max_frame.max(crate::hello::MIN_LIMIT),
             session_window: self.config.session_window.max(crate::hello::MIN_LIMIT),
             max_streams: self.config.max_streams,
@@ -205,16 +220,25 @@ impl End {
     pub(crate) fn receive(&mut self, now: Time, bytes: &[u8], truth: &mut Truth, rng: &mut Rng) {
         let mut rest = bytes;
         while !rest.is_empty() {
-            let used = match self.session.payload() {
-                Some(payload) => {
-                    let n = payload.remaining.min(rest.len());
-                    if let Some(id) = payload.stream {
-                        self.deliver(now, id, &rest[..n], truth);
-                    }
-                    self.session.payload_taken(n);
-                    n
+            let used = if let Some(len) = self.session.unverified() {
+                let n = (len + SEAL_LEN - self.staged.len()).min(rest.len());
+                self.staged.extend(&rest[..n]);
+                if self.staged.len() == len + SEAL_LEN {
+                    let staged = core::mem::take(&mut self.staged);
+                    self.session
+                        .verify(*staged.last_chunk().expect("a seal at its end"));
+                    self.receive(now, &staged, truth, rng);
                 }
-                None => self.session.handle_bytes(now, rest),
+                n
+            } else if let Some(payload) = self.session.payload() {
+                let n = payload.remaining.min(rest.len());
+                if let Some(id) = payload.stream {
+                    self.deliver(now, id, &rest[..n], truth);
+                }
+                self.session.payload_taken(n);
+                n
+            } else {
+                self.session.handle_bytes(now, rest)
             };
             rest = &rest[used..];
             let mut events = 0;
@@ -240,12 +264,14 @@ impl End {
         let record = truth.record(local.key);
         let role = local.role.other();
         let right = truth::bytes(local.key, role, local.received).take(bytes.len());
+        let right = right.eq(bytes.iter().copied());
         assert!(
-            right.eq(bytes.iter().copied()) || self.tainted,
+            right || self.tainted,
             "stream {id} (key {}): wrong bytes from {} on",
             local.key,
             local.received
         );
+        self.tally.wrong += u64::from(!right);
         local.held += bytes.len() as u64;
         local.received += bytes.len() as u64;
         assert!(local.received <= record.sent[role as usize] || self.tainted);
@@ -254,7 +280,8 @@ impl End {
 
     fn handle(&mut self, now: Time, event: Event, truth: &mut Truth) {
         match event {
-            Event::Established(_) | Event::RoundTrip(_) | Event::GoingAway { .. } => {}
+            Event::Established(_) | Event::GoingAway { .. } => {}
+            Event::RoundTrip(_) => self.answered = true,
             Event::Incompatible(_) => self.tally.incompatible += 1,
             Event::Asked { stream, service } => self.asked(now, stream, &service, truth),
             Event::Accepted(id) => {
@@ -289,8 +316,13 @@ impl End {
                 self.tally.reset += 1;
             }
             Event::Ended(end) => {
-                let fault = !matches!(end, SessionEnd::PeerRestarted | SessionEnd::PeerAborted(_));
-                assert!(!fault || self.tainted, "a sound peer was blamed: {end}");
+                let excused = match end {
+                    SessionEnd::PeerRestarted | SessionEnd::PeerAborted(_) => true,
+                    SessionEnd::Damaged => self.disturbed,
+                    SessionEnd::Violation(_) => false,
+                };
+                assert!(excused || self.tainted, "a sound peer was blamed: {end}");
+                self.tally.damaged += u64::from(end == SessionEnd::Damaged);
                 self.last_end = Some(end);
             }
         }

@@ -14,8 +14,9 @@
 //! over. When all is quiet ([`Pair::settle`]): credit is conserved from end to end, both ends know the same streams, and
 //! whoever still has something to send waits for a reader that does not read.
 //!
-//! Damage ([`Op::Corrupt`], and the lost tail of [`Op::Restart`]) taints the session that reads it: its streams may carry
-//! wrong bytes until it ends, and nothing else may go wrong. The next session is clean.
+//! Damage ([`Op::Corrupt`], [`Op::Fault`], and the lost tail of [`Op::Restart`]) taints the session that reads it: its streams
+//! may carry wrong bytes until it ends, and nothing else may go wrong. The next session is clean. Where frames are sealed,
+//! all but [`Op::Corrupt`] only disturb it: it may end, but no stream may ever get a wrong byte.
 
 mod end;
 mod op;
@@ -27,7 +28,7 @@ use std::vec;
 use std::vec::Vec;
 
 pub use op::{Answer, Garbage, Op, Plan, Reading, Side};
-pub use pipe::Split;
+pub use pipe::{Fault, Split};
 pub use rng::Rng;
 
 use crate::hello::{Hello, MAGIC};
@@ -75,6 +76,15 @@ impl Setup {
         }
     }
 
+    /// The same with sealed frames; which end asks for them follows from the seed.
+    #[must_use]
+    pub fn sealed(mut self) -> Self {
+        let [a, b] = &mut self.configs;
+        (a.seal, b.seal) =
+            [(true, false), (false, true), (true, true)][Rng::new(self.seed).index(3)];
+        self
+    }
+
     /// Any limits.
     pub fn random(seed: u64) -> Self {
         let mut rng = Rng::new(seed);
@@ -120,6 +130,10 @@ pub struct Tally {
     pub incompatible: u64,
     /// Sessions this end has had before the present one.
     pub sessions: u64,
+    /// Those of them that ended because a seal was not there.
+    pub damaged: u64,
+    /// Times that its streams got wrong bytes.
+    pub wrong: u64,
 }
 
 /// See the [module](self).
@@ -252,7 +266,10 @@ impl Pair {
             Op::Restart(side, cut) => {
                 self.ends[at(side)].renew(&mut self.rng);
                 if self.pipes[at(side)].cut(usize::from(cut)) {
-                    self.ends[at(side.other())].tainted = true;
+                    let sealed = self.is_sealed();
+                    let reader = &mut self.ends[at(side.other())];
+                    reader.disturbed |= sealed;
+                    reader.tainted |= !sealed;
                 }
             }
             Op::LinkDown(to_a, to_b) => self.link_down([to_a, to_b]),
@@ -262,10 +279,30 @@ impl Pair {
                     self.ends.iter_mut().for_each(|end| end.tainted = true);
                 }
             }
+            Op::Fault(side, place, fault) => self.fault(side, usize::from(place), fault),
             Op::Run(units) => self.run(Time::from(units) * 10),
             Op::Settle => self.settle(),
         }
         self.check();
+    }
+
+    /// Whether frames are sealed.
+    fn is_sealed(&self) -> bool {
+        self.ends.iter().any(End::asks_for_seals)
+    }
+
+    fn fault(&mut self, side: Side, place: usize, fault: Fault) {
+        if self.ends[at(side.other())].disturbed {
+            return;
+        }
+        if !self.pipes[at(side)].suffer(place, fault, &mut self.rng) {
+            return;
+        }
+        if self.is_sealed() {
+            self.ends[at(side.other())].disturbed = true;
+        } else {
+            self.ends.iter_mut().for_each(|end| end.tainted = true);
+        }
     }
 
     /// Opens a stream, if it can be opened now.
@@ -346,20 +383,27 @@ impl Pair {
     /// # Panics
     /// If it takes too long, the ends do not find each other, or anything got lost or stuck.
     pub fn settle(&mut self) {
+        let tainted = |pair: &Self| pair.ends.iter().any(|end| end.tainted);
         let mut patience = PATIENCE;
-        loop {
-            self.quiet();
-            if self.is_joined() || self.ends.iter().any(|end| end.tainted && patience == 0) {
+        self.quiet();
+        while !self.is_joined() || self.ends.iter().any(|end| end.disturbed) {
+            if patience == 0 && tainted(self) {
                 break;
             }
             assert!(patience > 0, "the ends do not find each other");
             patience -= 1;
             self.now += KEEPALIVE;
             for end in &mut self.ends {
+                end.answered = false;
                 end.session.ping();
             }
+            self.quiet();
+            // Nothing was under way when the question was asked: whoever has its answer has got all that came before.
+            for end in &mut self.ends {
+                end.disturbed &= !end.answered;
+            }
         }
-        if !self.ends.iter().any(|end| end.tainted) {
+        if !tainted(self) {
             self.check_quiet();
         }
     }

@@ -1,7 +1,7 @@
 //! What can be done to a pair of sessions. Every value of every field means something, so that operations may come from a
 //! property test, a fuzzer or a seed.
 
-use super::{Rng, Split};
+use super::{Fault, Rng, Split};
 
 /// One of the two ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -112,6 +112,9 @@ pub enum Op {
     LinkDown(Garbage, Garbage),
     /// A byte on the way from this end is damaged.
     Corrupt(Side, u16, u8),
+    /// From this byte on the way from this end, bytes are lost or added without a word. Nothing happens where the last such
+    /// fault may not have been noticed yet: two of them that cancel each other in one frame are what no seal can see.
+    Fault(Side, u16, Fault),
     /// So many times 10 microseconds pass.
     Run(u16),
     /// Time passes until all is quiet; then everything is checked.
@@ -172,7 +175,18 @@ impl Garbage {
 }
 
 impl Op {
-    /// Any operation but [`Op::Corrupt`], with the weights of a long run.
+    /// Any fault.
+    pub fn random_fault(rng: &mut Rng) -> Self {
+        let (side, place) = (Side::random(rng), rng_u16(rng, u16::MAX));
+        let fault = match rng.index(3) {
+            0 => Fault::Lose(rng_u16(rng, 6_000)),
+            1 => Fault::Double(rng_u16(rng, 6_000)),
+            _ => Fault::Insert(rng_u8(rng)),
+        };
+        Op::Fault(side, place, fault)
+    }
+
+    /// Any operation but [`Op::Corrupt`] and [`Op::Fault`], with the weights of a long run.
     pub fn random(rng: &mut Rng) -> Self {
         let side = Side::random(rng);
         let which = rng_u8(rng);

@@ -18,6 +18,18 @@ pub enum Split {
     Random,
 }
 
+/// What a channel that nobody watches does to a run of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "arbitrary", derive(arbitrary::Arbitrary))]
+pub enum Fault {
+    /// Loses so many.
+    Lose(u16),
+    /// Delivers so many twice.
+    Double(u16),
+    /// Adds so many of its own.
+    Insert(u8),
+}
+
 pub(crate) struct Pipe {
     bytes: VecDeque<u8>,
     /// When which number of `bytes` arrives, oldest first.
@@ -100,18 +112,51 @@ impl Pipe {
 
     /// Loses the youngest `n` bytes; returns whether there were any.
     pub(crate) fn cut(&mut self, n: usize) -> bool {
-        let mut left = n.min(self.bytes.len());
-        self.bytes.truncate(self.bytes.len() - left);
-        let cut = left > 0;
-        while let Some((_, len)) = self.batches.back_mut() {
-            if *len > left {
-                *len -= left;
-                break;
-            }
-            left -= *len;
-            self.batches.pop_back();
+        let n = n.min(self.bytes.len());
+        self.replace(self.bytes.len() - n, n, &[]);
+        n > 0
+    }
+
+    /// Does something to the bytes in flight from `place` on; returns whether there were any.
+    pub(crate) fn suffer(&mut self, place: usize, fault: Fault, rng: &mut Rng) -> bool {
+        let len = self.bytes.len();
+        if len == 0 {
+            return false;
         }
-        cut
+        let at = place % len;
+        let run = |n: u16| usize::from(n).clamp(1, len - at);
+        match fault {
+            Fault::Lose(n) => self.replace(at, run(n), &[]),
+            Fault::Double(n) => {
+                let again: Vec<u8> = self.bytes.range(at..at + run(n)).copied().collect();
+                self.replace(at, 0, &again);
+            }
+            Fault::Insert(n) => {
+                let noise = (0..n.max(1)).map(|_| rng.number().to_le_bytes()[0]);
+                self.replace(at, 0, &noise.collect::<Vec<_>>());
+            }
+        }
+        true
+    }
+
+    /// Puts `new` in the place of `n` bytes in flight.
+    fn replace(&mut self, at: usize, n: usize, new: &[u8]) {
+        let behind = self.bytes.split_off(at);
+        self.bytes.extend(new);
+        self.bytes.extend(behind.into_iter().skip(n));
+        let mut start = 0;
+        for (_, len) in &mut self.batches {
+            let end = start + *len;
+            let lost = end.min(at + n).saturating_sub(start.max(at));
+            let gained = if (start..end).contains(&at) {
+                new.len()
+            } else {
+                0
+            };
+            *len = *len - lost + gained;
+            start = end;
+        }
+        self.batches.retain(|(_, len)| *len > 0);
     }
 
     /// Changes a byte in flight; returns whether there was one.

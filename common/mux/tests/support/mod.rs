@@ -49,6 +49,7 @@ impl Sealer {
 /// A session, and all that came out of it.
 pub(crate) struct Bench {
     pub(crate) session: Session,
+    pub(crate) config: Config,
     pub(crate) now: u64,
     /// Data that arrived, in order.
     pub(crate) data: Vec<(Option<StreamId>, Vec<u8>)>,
@@ -98,7 +99,8 @@ impl Bench {
     /// A session that has heard nothing yet.
     pub(crate) fn seeking(config: Config) -> Self {
         Bench {
-            session: Session::new(config, EPOCH),
+            session: Session::new(config.clone(), EPOCH),
+            config,
             now: 1_000_000,
             data: Vec::new(),
             step: usize::MAX,
