@@ -7,6 +7,8 @@ mod retrying;
 mod sockets;
 mod stdio;
 mod tcp;
+mod tls;
+mod tls_link;
 mod unix;
 mod vsock;
 

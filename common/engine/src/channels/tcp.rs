@@ -16,7 +16,7 @@ use tracing::{info, warn};
 
 use super::retrying::{Obstacle, Retrying};
 use super::sockets::{self, Acceptor};
-use super::{bare_link, boxed};
+use super::{bare_link, boxed, tls};
 use crate::channel::Channel;
 use crate::driver::bind_cure;
 use crate::program::{Options, Plaintext};
@@ -32,7 +32,8 @@ const VANISHED: Duration = Duration::from_secs(60);
 struct Target {
     host: Host,
     port: u16,
-    plaintext: Plaintext,
+    /// What may be done without TLS, where there is none.
+    plaintext: Option<Plaintext>,
 }
 
 impl Target {
@@ -43,12 +44,12 @@ impl Target {
                 .port
                 .and_then(|port| u16::try_from(port).ok())
                 .ok_or(io::ErrorKind::InvalidInput)?,
-            plaintext: options.plaintext(),
+            plaintext: options.tls_creds.is_none().then(|| options.plaintext()),
         };
         if let Host::Ip(ip) = target.host {
             target.check(ip)?;
         }
-        if target.plaintext == Plaintext::Implied {
+        if target.plaintext == Some(Plaintext::Implied) {
             warn!(channel = %spec, "not encrypted: whoever is on the way can read and change it (see --tls-creds)");
         }
         Ok(target)
@@ -56,7 +57,7 @@ impl Target {
 
     /// Whether `ip` may be talked to as things are.
     fn check(&self, ip: IpAddr) -> io::Result<()> {
-        if self.plaintext != Plaintext::Loopback || ip.to_canonical().is_loopback() {
+        if self.plaintext != Some(Plaintext::Loopback) || ip.to_canonical().is_loopback() {
             return Ok(());
         }
         Err(io::Error::new(
@@ -138,14 +139,27 @@ fn watch_over(socket: Socket) -> Result<Socket, Obstacle> {
 /// The channel that connects to HOST:PORT, again and again.
 pub(super) fn connect(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dyn Channel>> {
     let target = Target::new(spec, options)?;
+    let creds = options.tls_creds.as_deref();
+    let tls = creds
+        .map(|dir| tls::Connector::new(dir, &target.host))
+        .transpose()?;
     boxed(Retrying::new(spec.to_string(), async move || {
-        bare_link(target.connect().await?)
+        let socket = target.connect().await?;
+        match &tls {
+            Some(tls) => tls.link(socket).await,
+            None => bare_link(socket),
+        }
     }))
 }
 
 /// The channel that listens on HOST:PORT, and serves one client after the other.
 pub(super) fn listen(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dyn Channel>> {
     let target = Target::new(spec, options)?;
+    let mut tls = options
+        .tls_creds
+        .as_deref()
+        .map(tls::Listener::new)
+        .transpose()?;
     let name = spec.to_string();
     let mut acceptor = None;
     boxed(Retrying::new(name.clone(), async move || {
@@ -153,7 +167,13 @@ pub(super) fn listen(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dy
             Some(acceptor) => acceptor,
             none => none.insert(target.listen(&name).await?),
         };
-        let (client, _) = acceptor.accept().await?;
-        bare_link(watch_over(client)?)
+        let accept = async || {
+            let (client, from) = acceptor.accept().await?;
+            Ok((watch_over(client)?, from))
+        };
+        match &mut tls {
+            Some(tls) => tls.link(accept).await,
+            None => bare_link(accept().await?.0),
+        }
     }))
 }

@@ -10,7 +10,9 @@ use virtproxy_engine::channels;
 use virtproxy_engine::driver::Driver;
 use virtproxy_engine::program::Options;
 
-use super::settings;
+use super::{
+    echo_server, echo_through, half_close_through, new_address, pattern, settings, twice_server,
+};
 
 #[derive(Parser)]
 struct Cli {
@@ -66,4 +68,34 @@ pub(crate) async fn channel_error(channel: &str, flags: &[&str]) -> io::Error {
             .unwrap()
             .expect_err("the channel ended in order"),
     }
+}
+
+/// Bulk and half-close over `near` and `far`, both with `flags`, and again after either was restarted.
+pub(crate) async fn serves_and_survives(near: &str, far: &str, flags: &[&str]) {
+    let (echo, twice) = (echo_server().await, twice_server().await);
+    let (a, b) = (new_address(), new_address());
+    let [out, out_twice] = [format!("echo:{a}"), format!("twice:{b}")];
+    let [serve, serve_twice] = [format!("echo:{echo}"), format!("twice:{twice}")];
+    let near = async || Side::start(near, &[&["-o", &out, "-o", &out_twice], flags].concat()).await;
+    let far =
+        async || Side::start(far, &[&["-i", &serve, "-i", &serve_twice], flags].concat()).await;
+    let all = async || {
+        let bulk: Vec<_> = (0..8)
+            .map(|i| tokio::task::spawn_local(echo_through(a.clone(), pattern(500_000 + i, i))))
+            .collect();
+        half_close_through(&b).await;
+        for transfer in bulk {
+            transfer.await.unwrap();
+        }
+    };
+    let (one, other) = (near().await, far().await);
+    all().await;
+    other.kill().await;
+    let other = far().await;
+    all().await;
+    one.kill().await;
+    let one = near().await;
+    all().await;
+    one.kill().await;
+    other.kill().await;
 }
