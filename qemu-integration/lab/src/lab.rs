@@ -87,6 +87,7 @@ impl Lab {
             "usr/bin/socat",
             "usr/bin/dig",
             "usr/bin/wget",
+            "usr/sbin/dnsmasq",
         ] {
             tools::wrap(&cache, &userland, program, &[], &[])?;
         }
@@ -114,8 +115,8 @@ impl Lab {
         self.qemu.command()
     }
 
-    /// The path of a host-side program: the system's when it is installed, else the cache's (`dig`, `sftp`,
-    /// `socat`, `ssh`, `ssh-keygen`, `wget`).
+    /// The path of a host-side program: the system's when it is installed, else the cache's (`dig`,
+    /// `dnsmasq`, `sftp`, `socat`, `ssh`, `ssh-keygen`, `wget`).
     pub fn tool(&self, name: &str) -> Result<PathBuf> {
         tool_in(&self.cache, name)
     }
