@@ -67,7 +67,7 @@ struct MuxPort {
 impl MuxPort {
     fn start(spec: &ChannelSpec) -> io::Result<Self> {
         let ports = vec![PortSpec::generic(MUX_PORT)];
-        let (device, mut ports) = Device::start(&spec.addr, ports).map_err(io::Error::other)?;
+        let (device, mut ports) = Device::start(&spec.addr, ports, 1).map_err(io::Error::other)?;
         Ok(MuxPort {
             name: spec.to_string(),
             port: ports.remove(0),
