@@ -1,5 +1,6 @@
 //! The one driver that both ends of virtproxy share: a session over a channel, joined to local sockets.
 
+pub mod admin;
 mod backlog;
 pub mod channel;
 pub mod channels;
