@@ -5,7 +5,7 @@ mod backlog;
 pub mod channel;
 pub mod channels;
 pub mod driver;
-mod edges;
+pub mod edges;
 pub mod fd_link;
 pub mod log_limit;
 pub mod pauses;
