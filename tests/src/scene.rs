@@ -57,15 +57,20 @@ pub struct Daemon {
 impl Daemon {
     /// Starts it with `flags`, logging to a file in `folder`.
     pub fn start(folder: &Path, flags: &[String]) -> Result<Self> {
+        let mut command = Command::new(program("virtproxy"));
+        command.args(flags);
+        Self::run(folder, command)
+    }
+
+    /// Starts it with a command of the caller's choice.
+    pub fn run(folder: &Path, mut command: Command) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let log = folder.join(format!(
             "virtproxy-{}.log",
             NEXT.fetch_add(1, Ordering::Relaxed)
         ));
         let file = File::create(&log)?;
-        let mut command = Command::new(program("virtproxy"));
         command
-            .args(flags)
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
             .stderr(file);

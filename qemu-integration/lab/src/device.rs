@@ -1,4 +1,4 @@
-//! QEMU arguments for the ways a guest can get a console port.
+//! QEMU arguments for the devices that can lie between host and guest: consoles, serial ports, a network, vsock.
 
 use std::path::Path;
 
@@ -55,28 +55,87 @@ pub fn vhost_user_console(socket: &Path, options: &DeviceOptions) -> Vec<String>
     ]
 }
 
-/// A port of QEMU's own console device; QEMU listens on `socket`. Works with every QEMU.
+/// The host end of a port of QEMU's own devices: a UNIX socket, one way round or the other.
+#[derive(Debug, Clone, Copy)]
+pub enum Chardev<'a> {
+    /// QEMU listens there, and the guest starts without waiting for anybody.
+    Listens(&'a Path),
+    /// QEMU connects to it, and tries again every 100 ms when it cannot.
+    Connects(&'a Path),
+}
+
+impl Chardev<'_> {
+    fn arguments(self, id: &str) -> [String; 2] {
+        let (path, mode) = match self {
+            Self::Listens(path) => (path, "server=on,wait=off"),
+            Self::Connects(path) => (path, "server=off,reconnect-ms=100"),
+        };
+        let socket = format!("socket,id={id},path={},{mode}", path.display());
+        ["-chardev".to_owned(), socket]
+    }
+}
+
+/// A port of QEMU's own console device, with its name, which no other port of the guest has.
+#[derive(Debug, Clone, Copy)]
+pub enum SerialPort<'a> {
+    /// A raw port: `/dev/vportNpM` in the guest.
+    Generic(&'a str, Chardev<'a>),
+    /// A console: `/dev/hvcN` in the guest.
+    Console(&'a str, Chardev<'a>),
+}
+
+/// QEMU's own console device with these ports. Works with every QEMU.
+pub fn virtio_serial(ports: &[SerialPort<'_>]) -> Vec<String> {
+    let mut arguments = vec!["-device".to_owned(), "virtio-serial-pci".to_owned()];
+    for port in ports {
+        let (device, name, chardev) = match *port {
+            SerialPort::Generic(name, chardev) => ("virtserialport", name, chardev),
+            SerialPort::Console(name, chardev) => ("virtconsole", name, chardev),
+        };
+        // The lab's own chardevs have plain names.
+        let id = format!("port-{name}");
+        arguments.extend(chardev.arguments(&id));
+        let device = format!("{device},chardev={id},name={name}");
+        arguments.extend(["-device".to_owned(), device]);
+    }
+    arguments
+}
+
+/// The same with one raw port; QEMU listens on `socket`.
 pub fn virtserialport(socket: &Path, name: &str) -> Vec<String> {
-    let socket = socket.display();
-    [
-        "-device".to_owned(),
-        "virtio-serial-pci".to_owned(),
-        "-chardev".to_owned(),
-        format!("socket,id=port0,path={socket},server=on,wait=off"),
-        "-device".to_owned(),
-        format!("virtserialport,chardev=port0,name={name}"),
-    ]
-    .into()
+    virtio_serial(&[SerialPort::Generic(name, Chardev::Listens(socket))])
 }
 
 /// A third 16550 serial port (`/dev/ttyS2` in the guest); QEMU listens on `socket`.
 pub fn isa_serial(socket: &Path) -> Vec<String> {
-    let socket = socket.display();
+    let mut arguments = Vec::from(Chardev::Listens(socket).arguments("isa0"));
+    arguments.extend(["-serial".to_owned(), "chardev:isa0".to_owned()]);
+    arguments
+}
+
+/// A network card on QEMU's user network; see [`crate::GuestOptions::user_network`].
+pub(crate) fn user_network(forwards: &[(&str, u16)]) -> Vec<String> {
+    let forwards: String = forwards
+        .iter()
+        .map(|(address, port)| format!(",hostfwd=tcp:{address}-:{port}"))
+        .collect();
+    // No boot from the network, so no firmware for it.
+    [
+        "-netdev".to_owned(),
+        format!("user,id=net0{forwards}"),
+        "-device".to_owned(),
+        "virtio-net-pci,netdev=net0,romfile=".to_owned(),
+    ]
+    .into()
+}
+
+/// A vsock device that another process listens for on `socket`; see [`crate::VsockDevice`].
+pub(crate) fn vhost_user_vsock(socket: &Path) -> Vec<String> {
     [
         "-chardev".to_owned(),
-        format!("socket,id=isa0,path={socket},server=on,wait=off"),
-        "-serial".to_owned(),
-        "chardev:isa0".to_owned(),
+        format!("socket,id=vsock0,path={}", socket.display()),
+        "-device".to_owned(),
+        "vhost-user-vsock-pci,chardev=vsock0".to_owned(),
     ]
     .into()
 }

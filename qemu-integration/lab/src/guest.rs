@@ -1,12 +1,14 @@
 //! A running guest.
 //!
-//! It has no network card. Its first serial port is the kernel's console and goes to a file, which errors quote; the
+//! It has no network card unless it asks for one. Its first serial port is the kernel's console and goes to a file, which errors quote; the
 //! second carries the command shell. QEMU connects to sockets that already listen in the guest's own temporary
 //! folder, so nothing is polled for at the start. Dropping a [`Guest`] ends its QEMU by its own process id; should this
 //! process be killed, the kernel ends it.
 
+use crate::device::{user_network, vhost_user_vsock};
 use crate::folder::temporary_folder;
 use crate::image::{self, GuestFile};
+use crate::kernel;
 use crate::lab::Lab;
 use crate::qmp::Qmp;
 use crate::shell::{Output, Shell};
@@ -32,6 +34,8 @@ pub struct GuestOptions {
     pub qemu_args: Vec<String>,
     /// Files added to the guest.
     pub files: Vec<GuestFile>,
+    /// Kernel modules that the guest loads at its start, in this order.
+    pub modules: Vec<&'static str>,
     /// Shell lines that the guest runs at its start, before its servers.
     pub boot_lines: Vec<String>,
     /// More words for the kernel's command line.
@@ -47,6 +51,7 @@ impl Default for GuestOptions {
             smp: 2,
             qemu_args: Vec::new(),
             files: Vec::new(),
+            modules: Vec::new(),
             boot_lines: Vec::new(),
             kernel_args: String::new(),
             boot_limit: Duration::from_secs(90),
@@ -81,6 +86,29 @@ impl GuestOptions {
         self.boot_lines.push(line.to_owned());
         self
     }
+
+    /// Adds kernel modules, such as those of [`crate::VSOCK`], to be loaded in this order.
+    #[must_use]
+    pub fn modules(mut self, names: &[&'static str]) -> Self {
+        self.modules.extend(names);
+        self
+    }
+
+    /// Adds a network card on QEMU's user network, which needs no root: the guest is 10.0.2.15, and 10.0.2.2 leads to
+    /// this host's loopback. `forwards` are an address of this host, where QEMU listens, and a port of the guest.
+    #[must_use]
+    pub fn user_network(self, forwards: &[(&str, u16)]) -> Self {
+        self.device(user_network(forwards))
+            .modules(kernel::NETWORK)
+            .boot_line("ip link set eth0 up && ip addr add 10.0.2.15/24 dev eth0")
+            .boot_line("ip route add default via 10.0.2.2")
+    }
+
+    /// Adds vsock: between this host and the guest through the device that listens on `socket`, and within the guest.
+    #[must_use]
+    pub fn vsock(self, socket: &Path) -> Self {
+        self.device(vhost_user_vsock(socket)).modules(kernel::VSOCK)
+    }
 }
 
 /// A running guest. All its methods may be called from several threads; commands run one after the other.
@@ -114,13 +142,14 @@ impl Guest {
 
     fn boot_in(lab: &Lab, options: &GuestOptions, folder: &Path) -> Result<Self> {
         let initrd = folder.join("initrd");
-        image::for_boot(
-            &lab.image,
-            &lab.userland,
-            &options.files,
-            &options.boot_lines,
-            &initrd,
-        )?;
+        let (mut files, mut lines) = (options.files.clone(), Vec::new());
+        for name in &options.modules {
+            let path = format!("/usr/lib/modules/{name}.ko.xz");
+            lines.push(format!("insmod {path}"));
+            files.push(GuestFile::copy(lab.kernel.module(name)?, path));
+        }
+        lines.extend_from_slice(&options.boot_lines);
+        image::for_boot(&lab.image, &lab.userland, &files, &lines, &initrd)?;
         let listen = |name: &str| {
             let path = folder.join(name);
             UnixListener::bind(&path)

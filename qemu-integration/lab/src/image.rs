@@ -2,8 +2,9 @@
 //!
 //! busybox gives init, the shell, the web server and the small tools; the SSH server and socat come from the same
 //! release's packages with the libraries that the loader says they need. The base part depends only on packages,
-//! scripts and keys and is cached under a hash of them. What a test adds (the agent, its own lines for the start) is a
-//! second archive that follows the first, made anew for each boot.
+//! scripts and keys and is cached under a hash of them. What a test adds (the agent, further programs of the packages,
+//! kernel modules, its own lines for the start) is a second archive that follows the first, made anew for each boot: a
+//! guest that does not ask for something does not unpack it.
 
 use crate::apt::Apt;
 use crate::cache::{self, Cache, write_whole};
@@ -27,9 +28,13 @@ const PACKAGES: &[&str] = &[
     "openssh-sftp-server",
     "openssh-client",
     "socat",
+    "qemu-guest-agent",
+    "dnsmasq-base",
+    "bind9-dnsutils",
+    "wget",
 ];
 
-/// Programs copied into the guest. What a release does not have yet or any more is left out.
+/// Programs copied into every guest. What a release does not have yet or any more is left out.
 const PROGRAMS: &[&str] = &[
     "usr/sbin/sshd",
     "usr/lib/openssh/sshd-session",
@@ -63,6 +68,10 @@ fn recipe(plan: &Plan) -> Recipe<'_> {
             "usr/sbin/sshd",
             "usr/bin/socat",
             "usr/bin/ssh-keygen",
+            "usr/sbin/qemu-ga",
+            "usr/sbin/dnsmasq",
+            "usr/bin/dig",
+            "usr/bin/wget",
         ],
     }
 }
@@ -156,9 +165,11 @@ fn texts() -> Vec<(&'static str, &'static str, u32)> {
             "export PATH=/usr/bin:/usr/sbin\nexport PS1='guest# '\n",
             0o644,
         ),
+        // The password is `virtproxy`; the SSH server takes none, so it opens the consoles only.
         (
             "etc/shadow",
-            "root:*:20000:0:99999:7:::\nsshd:!:20000::::::\n",
+            "root:$6$virtproxy$3BQgPvgWaTHSn4sWrFLtxeYprTE55L9af.mPDvduTZMZd3JT5Hst18ikxeyLp/vyzMVgEAfZ90XeiOCwsWhq70\
+             :20000:0:99999:7:::\nsshd:!:20000::::::\n",
             0o600,
         ),
         (
@@ -199,6 +210,7 @@ fn assemble(userland: &Prefix, keys: &Keys) -> Result<Vec<u8>> {
             .map_or_else(|| path.to_owned(), |rest| format!("usr/lib/{rest}"));
         archive.file(&path, text.as_bytes(), mode)?;
     }
+    archive.link("var/run", "/run")?;
     // Files made at run time can be served too.
     archive.link("srv/www/tmp", "/tmp")?;
     archive.file("etc/ssh/host_ed25519", &read(&keys.host)?, 0o600)?;
@@ -286,6 +298,8 @@ pub enum Content {
     Bytes(Vec<u8>),
     /// A copy of this file of the host; a program brings the libraries it needs.
     Copy(PathBuf),
+    /// The program at this path of the lab's own packages, with its libraries.
+    Packaged(String),
 }
 
 impl GuestFile {
@@ -297,6 +311,15 @@ impl GuestFile {
             path: path.into(),
             content: Content::Copy(from),
             mode,
+        }
+    }
+
+    /// A program of the lab's packages (`usr/sbin/qemu-ga`, `usr/sbin/dnsmasq`), at the same path in the guest.
+    pub fn packaged(path: &str) -> Self {
+        Self {
+            path: path.to_owned(),
+            content: Content::Packaged(path.to_owned()),
+            mode: 0o755,
         }
     }
 
@@ -321,20 +344,22 @@ pub(crate) fn for_boot(
     let mut archive = Archive::new();
     let mut libraries = BTreeSet::new();
     for file in files {
+        let mut program = |from: &Path| -> Result<Vec<u8>> {
+            let bytes = fs::read(from).with_context(|| {
+                format!(
+                    "cannot read {}, which goes into the guest: build it first",
+                    from.display()
+                )
+            })?;
+            if bytes.starts_with(b"\x7fELF") {
+                libraries.extend(userland.libraries_of(from)?);
+            }
+            Ok(bytes)
+        };
         let bytes = match &file.content {
             Content::Bytes(bytes) => bytes.clone(),
-            Content::Copy(from) => {
-                let bytes = fs::read(from).with_context(|| {
-                    format!(
-                        "cannot read {}, which goes into the guest: build it first",
-                        from.display()
-                    )
-                })?;
-                if bytes.starts_with(b"\x7fELF") {
-                    libraries.extend(userland.libraries_of(from)?);
-                }
-                bytes
-            }
+            Content::Copy(from) => program(from)?,
+            Content::Packaged(path) => program(&userland.root().join(path))?,
         };
         let path = file.path.trim_start_matches('/');
         if ["bin/", "sbin/", "lib/", "lib64/"]

@@ -2,7 +2,7 @@
 //!
 //! From 6.12 on Debian's cloud kernel has VIRTIO_PCI and VIRTIO_CONSOLE built in, so the image needs no modules. The
 //! package's `/boot/config-*` is checked, because with those two as modules a guest would boot and then wait for its
-//! port for ever.
+//! port for ever. Network cards and vsock are modules there, for guests that ask for them.
 
 use crate::apt::Apt;
 use crate::cache::Cache;
@@ -10,7 +10,7 @@ use crate::plan::Plan;
 use crate::prefix::{Prefix, Recipe};
 use anyhow::{Context, Result, bail};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The kernel to boot guests with.
 #[derive(Debug, Clone)]
@@ -19,7 +19,18 @@ pub struct Kernel {
     pub image: PathBuf,
     /// Its release, such as `6.12.107+deb13-cloud-amd64`.
     pub release: String,
+    modules: PathBuf,
 }
+
+/// What a virtio network card needs, in the order of loading.
+pub const NETWORK: &[&str] = &["failover", "net_failover", "virtio_net"];
+/// What vsock needs, towards the host and within the guest, in the order of loading.
+pub const VSOCK: &[&str] = &[
+    "vsock",
+    "vmw_vsock_virtio_transport_common",
+    "vmw_vsock_virtio_transport",
+    "vsock_loopback",
+];
 
 /// Options that must be built in.
 const BUILT_IN: &[&str] = &[
@@ -68,9 +79,30 @@ impl Kernel {
         }
         Ok(Self {
             image: boot.join(format!("vmlinuz-{release}")),
+            modules: prefix.root().join("usr/lib/modules").join(&release),
             release,
         })
     }
+
+    /// The file of one of its modules.
+    pub(crate) fn module(&self, name: &str) -> Result<PathBuf> {
+        find(&self.modules, &format!("{name}.ko.xz")).with_context(|| {
+            format!(
+                "the kernel {} has no module {name}: set VIRTPROXY_SUITE to another suite",
+                self.release
+            )
+        })
+    }
+}
+
+fn find(folder: &Path, name: &str) -> Option<PathBuf> {
+    fs::read_dir(folder).ok()?.flatten().find_map(|entry| {
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        match is_folder {
+            true => find(&entry.path(), name),
+            false => (entry.file_name() == name).then(|| entry.path()),
+        }
+    })
 }
 
 fn packages(plan: &Plan) -> [&str; 1] {

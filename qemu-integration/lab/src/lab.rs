@@ -85,6 +85,8 @@ impl Lab {
             "usr/bin/sftp",
             "usr/bin/ssh-keygen",
             "usr/bin/socat",
+            "usr/bin/dig",
+            "usr/bin/wget",
         ] {
             tools::wrap(&cache, &userland, program, &[], &[])?;
         }
@@ -112,8 +114,8 @@ impl Lab {
         self.qemu.command()
     }
 
-    /// The path of a host-side program: the system's when it is installed, else the cache's (`socat`, `ssh`, `sftp`,
-    /// `ssh-keygen`).
+    /// The path of a host-side program: the system's when it is installed, else the cache's (`dig`, `sftp`,
+    /// `socat`, `ssh`, `ssh-keygen`, `wget`).
     pub fn tool(&self, name: &str) -> Result<PathBuf> {
         tool_in(&self.cache, name)
     }

@@ -22,6 +22,7 @@
 //! | `plan`, `sources`, `apt`, `prefix` | which suite, which archive, how packages get here, where they lie |
 //! | `qemu`, `accel`, `kernel`, `keys`, `cpio`, `image` | the pieces of a guest |
 //! | `guest`, `starting`, `folder`, `device`, `shell`, `qmp` | a running guest and how to talk to it |
+//! | `vsock` | a vhost-user vsock device, built from its released source |
 //!
 //! The lab runs the project's programs and imports none of them.
 
@@ -46,14 +47,18 @@ mod sources;
 pub mod spawn;
 mod starting;
 mod tools;
+mod vsock;
 
 pub use accel::Accel;
 pub use cache::{Cache, CacheLock};
-pub use device::{DeviceOptions, isa_serial, vhost_user_console, virtserialport};
+pub use device::{
+    Chardev, DeviceOptions, SerialPort, isa_serial, vhost_user_console, virtio_serial,
+    virtserialport,
+};
 pub use folder::{temporary_folder, temporary_folder_in};
 pub use guest::{COMMAND_LIMIT, Guest, GuestOptions};
 pub use image::{Content, GuestFile};
-pub use kernel::Kernel;
+pub use kernel::{Kernel, NETWORK, VSOCK};
 pub use keys::{HOST_ALIAS, Keys};
 pub use lab::Lab;
 pub use prefix::Prefix;
@@ -61,3 +66,4 @@ pub use qemu::{DEVICE, Origin, Qemu};
 pub use serde_json;
 pub use shell::Output;
 pub use tools::program;
+pub use vsock::VsockDevice;

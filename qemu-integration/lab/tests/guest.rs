@@ -1,12 +1,16 @@
 //! The lab itself, with real guests: boots, runs commands, resets, pauses, reports failures. Run by `cargo xtask test`.
 
 use anyhow::{Context, Result};
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use virtproxy_lab::serde_json::json;
-use virtproxy_lab::{GuestFile, GuestOptions, Lab, temporary_folder, virtserialport};
+use virtproxy_lab::{
+    Chardev, GuestFile, GuestOptions, Lab, SerialPort, VsockDevice, isa_serial, temporary_folder,
+    virtio_serial, virtserialport,
+};
 
 #[test]
 #[ignore = "boots a guest: run `cargo xtask test`"]
@@ -232,5 +236,111 @@ fn a_killed_guest_is_noticed() -> Result<()> {
     assert!(error.contains("QEMU") || error.contains("gone"), "{error}");
     drop(guest);
     assert!(!folder.exists());
+    Ok(())
+}
+
+/// Reads until `text` has come.
+fn expect(stream: &mut UnixStream, text: &str) -> Result<()> {
+    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    let (mut said, mut byte) = (Vec::new(), [0]);
+    while !String::from_utf8_lossy(&said).contains(text) {
+        stream
+            .read_exact(&mut byte)
+            .with_context(|| format!("no {text:?} in {:?}", String::from_utf8_lossy(&said)))?;
+        said.push(byte[0]);
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "boots a guest: run `cargo xtask test`"]
+fn one_guest_with_every_device() -> Result<()> {
+    let lab = Lab::get()?;
+    let folder = temporary_folder()?;
+    let [console, listens, connects, isa] =
+        ["console", "listens", "connects", "isa"].map(|name| folder.join(name));
+    let vsock = VsockDevice::start(lab, 3, &folder)?;
+    let address = format!("127.99.{}.1:7000", std::process::id() % 250);
+    let begun = Instant::now();
+    let guest = lab.boot(
+        GuestOptions::default()
+            .device(virtio_serial(&[
+                SerialPort::Console("console", Chardev::Listens(&console)),
+                SerialPort::Generic("listens", Chardev::Listens(&listens)),
+                SerialPort::Generic("connects", Chardev::Connects(&connects)),
+            ]))
+            .device(isa_serial(&isa))
+            .user_network(&[(&address, 53)])
+            .vsock(vsock.socket())
+            .file(GuestFile::packaged("usr/sbin/qemu-ga"))
+            .file(GuestFile::packaged("usr/sbin/dnsmasq")),
+    )?;
+    eprintln!("booted in {:.2} s", begun.elapsed().as_secs_f64());
+
+    // A getty on the console: somebody logs in with the password and runs a command.
+    let mut terminal = UnixStream::connect(&console)?;
+    guest.check("setsid getty 0 hvc0 vt100 >/tmp/getty.log 2>&1 &")?;
+    expect(&mut terminal, "login: ")?;
+    terminal.write_all(b"root\n")?;
+    expect(&mut terminal, "Password: ")?;
+    terminal.write_all(b"virtproxy\n")?;
+    expect(&mut terminal, "guest# ")?;
+    terminal.write_all(b"echo $((6 * 7)); tty\n")?;
+    expect(&mut terminal, "42\r\n/dev/hvc0")?;
+
+    // A QEMU guest agent on the raw port that QEMU connects outwards.
+    let listener = UnixListener::bind(&connects)?;
+    let port = "for p in /sys/class/virtio-ports/*; do [ $(cat $p/name) = connects ] && echo /dev/${p##*/}; done";
+    guest.check(&format!(
+        "setsid qemu-ga -m virtio-serial -p $({port}) -t /run >/tmp/qemu-ga.log 2>&1 &"
+    ))?;
+    let mut agent = listener.accept()?.0;
+    agent.set_read_timeout(Some(Duration::from_secs(20)))?;
+    agent.write_all(br#"{"execute":"guest-sync","arguments":{"id":4711}}"#)?;
+    let mut line = String::new();
+    BufReader::new(&agent).read_line(&mut line)?;
+    assert!(line.contains("4711"), "{line}");
+
+    // The third serial port, raw.
+    let mut serial = UnixStream::connect(&isa)?;
+    guest.check("stty -F /dev/ttyS2 raw -echo; echo over the line > /dev/ttyS2")?;
+    expect(&mut serial, "over the line\n")?;
+
+    // The network: a resolver in the guest, asked from here, and this host's loopback from the guest.
+    guest.check("dnsmasq --user=root --no-resolv --no-hosts --txt-record=here.test,found")?;
+    let (host, number) = address.split_once(':').context("an address has a port")?;
+    let output = std::process::Command::new(lab.tool("dig")?)
+        .args(["+tcp", "+short", "-p", number, "TXT", "here.test"])
+        .arg(format!("@{host}"))
+        .output()?;
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "\"found\"\n");
+    let here = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let greeting = std::thread::spawn({
+        let here = here.try_clone()?;
+        move || -> Result<()> { Ok(here.accept()?.0.write_all(b"from the host")?) }
+    });
+    let said = guest.check(&format!(
+        "nc 10.0.2.2 {} </dev/null",
+        here.local_addr()?.port()
+    ))?;
+    greeting.join().expect("no panic")?;
+    assert_eq!(said, "from the host");
+    drop(TcpStream::connect(&address)?);
+
+    // vsock: from here to the guest, from the guest to here, and within the guest.
+    guest.check(
+        "setsid socat VSOCK-LISTEN:9000,fork SYSTEM:'echo guest' >/tmp/vsock.log 2>&1 & sleep 0.5",
+    )?;
+    let mut stream = UnixStream::connect(vsock.uds())?;
+    stream.write_all(b"CONNECT 9000\n")?;
+    expect(&mut stream, "OK ")?;
+    expect(&mut stream, "guest\n")?;
+    assert_eq!(guest.check("socat -u VSOCK-CONNECT:1:9000 -")?, "guest");
+    let listener = UnixListener::bind(vsock.uds_of(9001))?;
+    guest.check(
+        "setsid sh -c 'echo to the host | socat -u - VSOCK-CONNECT:2:9001' >/tmp/out.log 2>&1 &",
+    )?;
+    expect(&mut listener.accept()?.0, "to the host\n")?;
+    std::fs::remove_dir_all(folder)?;
     Ok(())
 }
