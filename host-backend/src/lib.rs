@@ -1,3 +1,4 @@
 //! The host end of virtproxy: the vhost-user virtio-console device that QEMU attaches.
 
 pub mod device;
+pub mod ports;

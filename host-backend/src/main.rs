@@ -1,19 +1,30 @@
 //! `virtproxy`: the host end.
 
-use std::io;
-use std::process::ExitCode;
+mod cli;
 
-use clap::Parser;
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
+use tracing::info;
+use virtproxy_engine::admin;
 use virtproxy_engine::channel::{BoxFuture, Channel, Link};
 use virtproxy_engine::channels;
 use virtproxy_engine::program::{self, EXIT_CODES, Options};
 use virtproxy_engine::spec::{ChannelSpec, Method};
-use virtproxy_host::device::{Device, DeviceHandle, Port, PortSpec};
+use virtproxy_engine::unix_socket;
+use virtproxy_host::device::{Device, Port};
+use virtproxy_host::ports::Ports;
+
+use cli::{Beside, Command, MUX_PORT};
 
 const PRODUCT: &str = concat!("virtproxy ", env!("CARGO_PKG_VERSION"));
 
-/// The port that the agent opens when nothing else is said.
-const MUX_PORT: &str = "org.virtproxy.0";
+/// Admin clients that wait to be accepted.
+const ADMIN_BACKLOG: i32 = 16;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -30,24 +41,59 @@ Examples:
 num_vqs=4,config_size=12,vq_size=1024
 
   A UNIX socket has - as PORT:
-    virtproxy -c vhost-user:/run/vp.sock:- -o docker:/run/guest-docker.sock:-";
+    virtproxy -c vhost-user:/run/vp.sock:- -o docker:/run/guest-docker.sock:-
+
+  The device also serves programs that know nothing of virtproxy, such as
+  QEMU's guest agent, and a login on the guest's console (num_vqs=8 then):
+    virtproxy -c vhost-user:/run/vp.sock:- --console pty:/run/vm-console \\
+        --port org.qemu.guest_agent.0=unix-listen:/run/qga.sock \\
+        --admin /run/vp-admin.sock
+    virtproxy port add org.example.0=pty --admin /run/vp-admin.sock";
 
 /// The host end of virtproxy: a virtio console device for QEMU that joins sockets of this host to its guest.
 #[derive(Parser)]
-#[command(version, after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
+#[command(
+    version,
+    after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"),
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    subcommand_value_name = "COMMAND"
+)]
 struct Cli {
     #[command(flatten)]
     options: Options,
+
+    #[command(flatten)]
+    beside: Beside,
+
+    #[command(subcommand)]
+    command: Option<Command>,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    program::run(PRODUCT, &cli.options, make_channel)
+    if let Some(command) = cli.command {
+        return command.run();
+    }
+    if let Err(message) = cli.beside.check(&cli.options.channels) {
+        let mut command = Cli::command();
+        command.error(ErrorKind::ArgumentConflict, message).exit();
+    }
+    program::run(PRODUCT, &cli.options, &|spec, options| {
+        make_channel(spec, options, &cli.beside)
+    })
 }
 
-fn make_channel(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dyn Channel>> {
+fn make_channel(
+    spec: &ChannelSpec,
+    options: &Options,
+    beside: &Beside,
+) -> io::Result<Box<dyn Channel>> {
     match spec.method {
-        Method::VhostUser => Ok(Box::new(MuxPort::start(spec)?)),
+        Method::VhostUser if has_ports(spec, &options.channels) => {
+            Ok(Box::new(MuxPort::start(spec, beside)?))
+        }
+        Method::VhostUser => Ok(Box::new(MuxPort::start(spec, &Beside::default())?)),
         _ => channels::make(
             spec,
             options,
@@ -56,22 +102,48 @@ fn make_channel(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dyn Cha
     }
 }
 
-/// A device with one port, which the engine's session runs over.
+/// Whether it is the one device that has the ports of `--port` and `--console`.
+fn has_ports(spec: &ChannelSpec, channels: &[ChannelSpec]) -> bool {
+    let is_device = |spec: &&ChannelSpec| spec.method == Method::VhostUser;
+    channels
+        .iter()
+        .find(is_device)
+        .is_some_and(|first| std::ptr::eq(first, spec))
+}
+
+/// A device, and the port of it that the engine's session runs over.
 struct MuxPort {
-    name: String,
     port: Port,
-    /// The device is there as long as its port is.
-    _device: DeviceHandle,
+    name: String,
+    /// The device is there as long as these are.
+    _ports: Rc<Ports>,
 }
 
 impl MuxPort {
-    fn start(spec: &ChannelSpec) -> io::Result<Self> {
-        let ports = vec![PortSpec::generic(MUX_PORT)];
-        let (device, mut ports) = Device::start(&spec.addr, ports).map_err(io::Error::other)?;
+    fn start(spec: &ChannelSpec, beside: &Beside) -> io::Result<Self> {
+        let specs = beside.specs();
+        let room = beside.room();
+        let (device, ports) = Device::start(&spec.addr, specs, room).map_err(io::Error::other)?;
+        info!(
+            "QEMU's -device line must say num_vqs={}, for up to {room} ports",
+            device.queues()
+        );
+        let beside_mux = Rc::new(Ports::new(device, MUX_PORT));
+        let mut ports = ports.into_iter();
+        let port = ports.next().expect("the mux port comes first");
+        for ((flag, name, place), port) in beside.served().zip(ports) {
+            beside_mux
+                .serve(name, place.clone(), port)
+                .map_err(|error| io::Error::other(format!("{flag} {error}")))?;
+        }
+        if let Some(path) = &beside.admin {
+            start_admin(path, beside_mux.clone())
+                .map_err(|error| io::Error::other(format!("--admin {error}")))?;
+        }
         Ok(MuxPort {
+            port,
             name: spec.to_string(),
-            port: ports.remove(0),
-            _device: device,
+            _ports: beside_mux,
         })
     }
 }
@@ -84,6 +156,18 @@ impl Channel for MuxPort {
     fn name(&self) -> &str {
         &self.name
     }
+}
+
+/// Serves the admin socket until the program ends.
+fn start_admin(path: &Path, ports: Rc<Ports>) -> io::Result<()> {
+    let (listener, file) = unix_socket::listen(path, ADMIN_BACKLOG).map_err(io::Error::other)?;
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::UnixListener::from_std(listener)?;
+    tokio::task::spawn_local(async move {
+        let _file = file;
+        admin::serve(listener, ports).await;
+    });
+    Ok(())
 }
 
 #[cfg(test)]

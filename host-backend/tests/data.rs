@@ -64,6 +64,7 @@ fn bytes_go_both_ways_at_once_over_every_kind_of_ring() {
                 event_idx,
                 indirect,
                 ports: 1,
+                spare: 0,
             };
             let (_handle, _port, mut guest, mut host) = connected(setup);
             let guest = thread::spawn(move || {
@@ -257,7 +258,7 @@ fn ports_do_not_mix() {
     let path = socket_path();
     let names = ["org.example.a", "org.example.b", "org.example.c"];
     let specs = names.map(PortSpec::generic).to_vec();
-    let (_handle, mut ports) = Device::start(Path::new(&path), specs).unwrap();
+    let (_handle, mut ports) = Device::start(Path::new(&path), specs, 3).unwrap();
     let setup = Setup {
         ports: 3,
         ..Setup::default()

@@ -373,26 +373,26 @@ fn one_path_one_device() {
     let path = socket_path();
     let (handle, _port) = device(&path);
     let specs = || vec![PortSpec::generic("x")];
-    let second = Device::start(&path, specs());
+    let second = Device::start(&path, specs(), 1);
     assert!(matches!(
         second,
         Err(StartError::Listen(ListenError::InUse(_)))
     ));
     let guest = Guest::boot(&path, Setup::default());
     assert!(matches!(
-        Device::start(&path, specs()),
+        Device::start(&path, specs(), 1),
         Err(StartError::Listen(ListenError::InUse(_)))
     ));
     drop(guest);
     drop(handle);
     assert!(!path.exists());
-    assert!(Device::start(&path, specs()).is_ok());
+    assert!(Device::start(&path, specs(), 1).is_ok());
 }
 
 #[test]
 fn a_bad_specification_is_refused() {
     let path = socket_path();
-    let start = |specs| Device::start(&path, specs).map(|_| ());
+    let start = |specs| Device::start(&path, specs, 1).map(|_| ());
     assert!(matches!(start(vec![]), Err(StartError::Ports(0))));
     assert!(matches!(
         start(vec![PortSpec::generic("x"); 32]),

@@ -66,7 +66,7 @@ fn a_wrong_number_of_queues_is_said_with_the_cure() {
         .with_writer(move || writer.clone())
         .init();
     let path = socket_path();
-    let _device = Device::start(&path, vec![PortSpec::generic("x")]).unwrap();
+    let _device = Device::start(&path, vec![PortSpec::generic("x")], 1).unwrap();
     drop(realize(&path, 4));
     log.wait_for("QEMU is gone: it closed the connection");
     drop(realize(&path, 5));

@@ -17,13 +17,13 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// See the [module](self).
-pub(crate) struct Edges {
+pub struct Edges {
     epoll: AsyncFd<mio::Poll>,
 }
 
 impl Edges {
     /// Watches nothing yet. Panics outside a tokio runtime.
-    pub(crate) fn new() -> io::Result<Self> {
+    pub fn new() -> io::Result<Self> {
         let epoll = mio::Poll::new()?;
         // SAFETY: `mio::Poll` owns its descriptor, which is the same one for as long as it lives.
         let epoll = unsafe {
@@ -34,12 +34,12 @@ impl Edges {
     }
 
     /// Where descriptors are registered.
-    pub(crate) fn registry(&self) -> &Registry {
+    pub fn registry(&self) -> &Registry {
         self.epoll.get_ref().registry()
     }
 
     /// Ready once there may be events since the last time; [`Edges::take`] then gets them.
-    pub(crate) fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
+    pub fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
         // An error: the runtime is shutting down, and nothing will be ready any more.
         if let Ok(mut guard) = ready!(self.epoll.poll_read_ready(cx)) {
             guard.clear_ready();
@@ -48,7 +48,7 @@ impl Edges {
     }
 
     /// Takes the events there are, as many as fit; if `events` is full there may be more.
-    pub(crate) fn take(&mut self, events: &mut Events) -> io::Result<()> {
+    pub fn take(&mut self, events: &mut Events) -> io::Result<()> {
         loop {
             match self.epoll.get_mut().poll(events, Some(Duration::ZERO)) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

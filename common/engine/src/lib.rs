@@ -1,10 +1,11 @@
 //! The one driver that both ends of virtproxy share: a session over a channel, joined to local sockets.
 
+pub mod admin;
 mod backlog;
 pub mod channel;
 pub mod channels;
 pub mod driver;
-mod edges;
+pub mod edges;
 pub mod fd_link;
 pub mod log_limit;
 pub mod pauses;

@@ -169,11 +169,11 @@ impl Failure {
     }
 }
 
-/// Makes the channel that a `-c` names.
-pub type MakeChannel = fn(&ChannelSpec, &Options) -> io::Result<Box<dyn Channel>>;
+/// Makes the channel that a `-c` names. Called on the engine's thread, in a `LocalSet`.
+pub type MakeChannel<'m> = &'m dyn Fn(&ChannelSpec, &Options) -> io::Result<Box<dyn Channel>>;
 
 /// Runs a program until it is asked to end. `product` is its name and version.
-pub fn run(product: &str, options: &Options, make: MakeChannel) -> ExitCode {
+pub fn run(product: &str, options: &Options, make: MakeChannel<'_>) -> ExitCode {
     start_log(options.verbose);
     let result = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -207,7 +207,7 @@ fn start_log(verbose: u8) {
         .init();
 }
 
-async fn serve(product: &str, options: &Options, make: MakeChannel) -> Result<(), Failure> {
+async fn serve(product: &str, options: &Options, make: MakeChannel<'_>) -> Result<(), Failure> {
     raise_descriptor_limit();
     let (stop, stopped) = watch::channel(false);
     let mut terminate = signal(SignalKind::terminate())?;

@@ -481,7 +481,7 @@ fn a_peer_that_sends_no_datagrams_loses_that_flow_only() {
             .expect("the flow goes on");
         honest.write_all(&[2, 0, 7, 8, 0, 0]).await.unwrap();
         assert_eq!(answer(&two).await, [7, 8]);
-        assert_eq!(answer(&two).await, []);
+        assert!(answer(&two).await.is_empty());
     });
 }
 

@@ -18,14 +18,15 @@ use vmm_sys_util::event::{
 };
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::Shared;
 use super::port::Rings;
 use super::ring::Direction;
 use super::vring::{Memory, Vring};
-use super::{PortKind, Shared};
 
-/// VIRTIO_CONSOLE_F_SIZE and VIRTIO_CONSOLE_F_MULTIPORT, the numbers of feature bits.
+/// VIRTIO_CONSOLE_F_SIZE, VIRTIO_CONSOLE_F_MULTIPORT and VIRTIO_CONSOLE_F_EMERG_WRITE, the numbers of feature bits.
 const F_SIZE: u32 = 0;
 const F_MULTIPORT: u32 = 1;
+const F_EMERG_WRITE: u32 = 2;
 
 /// QEMU asserts that what the user asks for (`vq_size=`) is not more; its own limit is 1024.
 const MAX_QUEUE_SIZE: usize = 1024;
@@ -38,6 +39,8 @@ const THREADS: usize = 2;
 
 /// `struct virtio_console_config`: columns, rows, max_nr_ports, emerg_wr.
 const CONFIG_LEN: usize = 12;
+/// Where in it the driver writes a character that cannot wait for queues to be set up.
+const EMERG_WR: usize = 8;
 
 /// How long the worker threads may take to start. There is no reason for them to take long.
 const ATTACH: Duration = Duration::from_secs(10);
@@ -141,7 +144,7 @@ impl Backend {
     }
 
     fn queue_count(&self) -> u16 {
-        let ports = u16::try_from(self.shared.specs.len()).expect("at most MAX_PORTS");
+        let ports = u16::try_from(self.shared.ports.len()).expect("at most MAX_PORTS");
         2 * (ports + 1)
     }
 
@@ -255,10 +258,7 @@ impl Backend {
     }
 
     fn config(&self) -> [u8; CONFIG_LEN] {
-        let size = self.shared.specs.iter().find_map(|spec| match spec.kind {
-            PortKind::Console { columns, rows } => Some((columns, rows)),
-            PortKind::Generic => None,
-        });
+        let size = self.shared.control().machine.console_size();
         let (columns, rows) = size.unwrap_or((80, 25));
         let ports = u32::from(self.queue_count()) / 2 - 1;
         let mut config = [0; CONFIG_LEN];
@@ -290,6 +290,8 @@ impl VhostUserBackend for Backend {
             virtio_config::VIRTIO_F_VERSION_1,
         ];
         let features = bits.iter().fold(0, |features, bit| features | 1 << bit);
+        let console = self.shared.control().machine.console().is_some();
+        let features = features | u64::from(console) << F_EMERG_WRITE;
         features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
@@ -328,13 +330,15 @@ impl VhostUserBackend for Backend {
             .collect()
     }
 
-    /// The driver writes an emergency character if it was offered; it was not.
+    /// QEMU hands over the whole configuration for each write of the driver to any part of it. So a NUL, which is
+    /// what there is when nothing was written, is no emergency.
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
-        debug!(
-            offset,
-            len = bytes.len(),
-            "ignored a write to the configuration"
-        );
+        let byte = EMERG_WR
+            .checked_sub(offset as usize)
+            .and_then(|at| bytes.get(at));
+        if let Some(byte) = byte.filter(|byte| **byte != 0) {
+            self.shared.emergency(*byte);
+        }
         Ok(())
     }
 

@@ -6,16 +6,28 @@
 //! each with PORT_READY and gets the port's name and whether its host side is open. From then on PORT_OPEN goes
 //! either way, whenever a side opens or closes.
 //!
-//! What each port has been told:
+//! There is a slot for each port that there may be; its number is the port's id. What the guest has been told of it:
 //!
 //! ```text
 //!             DEVICE_ADD           PORT_READY(1)          PORT_OPEN(1)
 //!   Unknown -------------> Added ----------------> Closed <===========> Open
-//!      ^                                                  PORT_OPEN(0)
-//!      '--- from anywhere: DEVICE_READY, PORT_READY(0), a new frontend
+//!    ^ ^                     ^                            PORT_OPEN(0)
+//!    | '--- from each: DEVICE_READY, PORT_READY(0), a new frontend
+//!    |                       |
+//!    | no driver yet         | a driver is there
+//!    '------- add() ---------'
+//!                |                     remove()              DEVICE_REMOVE        the guest took all it was told
+//!             Vacant           from each --------> Leaving ---------------> Left -------------------> Vacant
 //! ```
 //!
-//! A guest that skips a step (its driver was told everything by an earlier process of ours) is taken at its word.
+//! A guest that skips a step (its driver was told everything by an earlier process of ours) is taken at its word, but
+//! not with a port that it was just given: what it says before PORT_READY is about the one before.
+//!
+//! **Letting go.** The guest does not answer a DEVICE_REMOVE. But Linux takes its messages one after the other and gives
+//! each buffer back only when it has done what was said. So when all its buffers are there again
+//! ([`Machine::all_was_taken`]) it has let go of what was removed; before that, a slot is not used again. Nothing
+//! that the guest says of such a slot meanwhile counts.
+//!
 //! PORT_READY of a port that is ready means that the driver set the port up anew (Linux does so when it wakes from
 //! suspension, and then opens what was open): the port is closed first. So is a port that is opened twice.
 //!
@@ -32,6 +44,7 @@ pub(super) const MESSAGE_LEN: usize = 8;
 
 const DEVICE_READY: u16 = 0;
 const DEVICE_ADD: u16 = 1;
+const DEVICE_REMOVE: u16 = 2;
 const PORT_READY: u16 = 3;
 const CONSOLE_PORT: u16 = 4;
 const RESIZE: u16 = 5;
@@ -50,6 +63,14 @@ pub(super) enum Effect {
     Closed(usize),
 }
 
+/// What the host's side of a port looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct HostSide {
+    pub(super) open: bool,
+    /// It was closed for a moment since the last time, of which the guest is to be told too.
+    pub(super) blinked: bool,
+}
+
 /// A message that was ignored, and why.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub(super) enum Misuse {
@@ -57,6 +78,8 @@ pub(super) enum Misuse {
     Short(usize),
     #[error("control message for port {0}, which does not exist")]
     NoSuchPort(u32),
+    #[error("port {0} opened before it was ready")]
+    NotReady(usize),
     #[error("unknown control message {event} (port {id}, value {value})")]
     Unknown { id: u32, event: u16, value: u16 },
     #[error("the guest's driver could not set up the device")]
@@ -67,10 +90,13 @@ pub(super) enum Misuse {
 
 /// The state of the control protocol with one driver.
 pub(super) struct Machine {
-    ports: Vec<Port>,
+    slots: Vec<Port>,
+    /// There is a driver that knows of the ports.
+    driver: bool,
 }
 
 struct Port {
+    /// Means nothing in a vacant slot.
     spec: PortSpec,
     stage: Stage,
     owes: Owes,
@@ -81,10 +107,13 @@ struct Port {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
+    Vacant,
     Unknown,
     Added,
     Closed,
     Open,
+    Leaving,
+    Left,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -93,23 +122,112 @@ struct Owes {
     console: bool,
     resize: bool,
     name: bool,
+    hang_up: bool,
 }
 
 impl Machine {
-    /// No driver yet.
-    pub(super) fn new(specs: &[PortSpec]) -> Self {
-        let ports = specs.iter().cloned().map(Port::new).collect();
-        Machine { ports }
+    /// No driver yet, and room for `slots` ports.
+    pub(super) fn new(specs: &[PortSpec], slots: usize) -> Self {
+        let ports = specs.iter().cloned().map(Port::new);
+        let vacant = std::iter::repeat_with(Port::vacant);
+        Machine {
+            slots: ports.chain(vacant).take(slots).collect(),
+            driver: false,
+        }
     }
 
     /// There is another frontend: nothing that was said counts.
     pub(super) fn reset(&mut self) {
-        self.ports.iter_mut().for_each(Port::reset);
+        self.driver = false;
+        self.slots.iter_mut().for_each(Port::reset);
     }
 
-    /// Our side of a port is open or closed from now on.
-    pub(super) fn set_host_open(&mut self, port: usize, open: bool) {
-        self.ports[port].host_open = open;
+    /// What our side of a port looks like from now on.
+    pub(super) fn set_host_side(&mut self, slot: usize, side: HostSide) {
+        let port = &mut self.slots[slot];
+        port.host_open = side.open;
+        port.owes.hang_up |= side.blinked && port.told_open;
+    }
+
+    /// One more port, in the slot that is returned; `None` if there is no room.
+    pub(super) fn add(&mut self, spec: PortSpec) -> Option<usize> {
+        let slot = self.slots.iter().position(Port::is_vacant)?;
+        let port = &mut self.slots[slot];
+        *port = Port::new(spec);
+        if self.driver {
+            port.stage = Stage::Added;
+            port.owes.add = true;
+        }
+        Some(slot)
+    }
+
+    /// The port is no more; its slot is vacant once the guest knows.
+    pub(super) fn remove(&mut self, slot: usize) {
+        let port = &mut self.slots[slot];
+        let told = self.driver && !port.owes.add;
+        match port.stage {
+            Stage::Vacant | Stage::Leaving | Stage::Left => {}
+            _ if told => {
+                port.owes = Owes::default();
+                port.stage = Stage::Leaving;
+            }
+            _ => *port = Port::vacant(),
+        }
+    }
+
+    /// The guest has taken everything it was told: it has let go of the ports that it was told are gone. Whether a slot
+    /// became vacant.
+    pub(super) fn all_was_taken(&mut self) -> bool {
+        let left = self
+            .slots
+            .iter_mut()
+            .filter(|port| port.stage == Stage::Left);
+        left.map(|port| *port = Port::vacant()).count() > 0
+    }
+
+    /// Whether it matters that the guest has taken everything.
+    pub(super) fn is_any_left(&self) -> bool {
+        self.slots.iter().any(|port| port.stage == Stage::Left)
+    }
+
+    /// Whether the guest knows nothing of what may have been in the slot.
+    pub(super) fn is_vacant(&self, slot: usize) -> bool {
+        self.slots[slot].is_vacant()
+    }
+
+    /// Whether a port has this name.
+    pub(super) fn has_name(&self, name: &str) -> bool {
+        let mut there = self.slots.iter().filter(|port| port.is_there());
+        there.any(|port| port.spec.name == name)
+    }
+
+    /// The size of the first console's terminal.
+    pub(super) fn console_size(&self) -> Option<(u16, u16)> {
+        self.slots
+            .iter()
+            .filter(|port| port.is_there())
+            .find_map(|port| match port.spec.kind {
+                PortKind::Console { columns, rows } => Some((columns, rows)),
+                PortKind::Generic => None,
+            })
+    }
+
+    /// The slot of the first console.
+    pub(super) fn console(&self) -> Option<usize> {
+        let is_console = |port: &Port| matches!(port.spec.kind, PortKind::Console { .. });
+        self.slots
+            .iter()
+            .position(|port| port.is_there() && is_console(port))
+    }
+
+    /// The terminal of a console has another size; of no meaning to other ports.
+    pub(super) fn resize(&mut self, slot: usize, columns: u16, rows: u16) {
+        let port = &mut self.slots[slot];
+        let size = PortKind::Console { columns, rows };
+        if matches!(port.spec.kind, PortKind::Console { .. }) && port.spec.kind != size {
+            port.spec.kind = size;
+            port.owes.resize |= port.is_known();
+        }
     }
 
     /// Takes a message of the guest.
@@ -125,8 +243,13 @@ impl Machine {
         }
         let (index, port) = usize::try_from(id)
             .ok()
-            .and_then(|index| Some((index, self.ports.get_mut(index)?)))
+            .and_then(|index| Some((index, self.slots.get_mut(index)?)))
+            .filter(|(_, port)| !port.is_vacant())
             .ok_or(Misuse::NoSuchPort(id))?;
+        if !port.is_there() {
+            return Ok(None);
+        }
+        self.driver = true;
         match (event, value) {
             (PORT_READY, 0) => {
                 let was = std::mem::replace(&mut port.stage, Stage::Unknown);
@@ -141,6 +264,8 @@ impl Machine {
                 port.introduce();
                 Ok((was == Stage::Open).then_some(Effect::Closed(index)))
             }
+            (PORT_OPEN, 0) if port.stage == Stage::Added => Ok(None),
+            (PORT_OPEN, _) if port.stage == Stage::Added => Err(Misuse::NotReady(index)),
             (PORT_OPEN, 0) => {
                 let was = std::mem::replace(&mut port.stage, Stage::Closed);
                 Ok((was == Stage::Open).then_some(Effect::Closed(index)))
@@ -158,7 +283,8 @@ impl Machine {
         if value == 0 {
             return Err(Misuse::DeviceFailed);
         }
-        for port in &mut self.ports {
+        self.driver = true;
+        for port in self.slots.iter_mut().filter(|port| port.is_there()) {
             port.owes.add = true;
         }
         Ok(Some(Effect::Started))
@@ -169,7 +295,7 @@ impl Machine {
     pub(super) fn next_message(&self, out: &mut Vec<u8>) -> bool {
         out.clear();
         let Some((id, port)) = self
-            .ports
+            .slots
             .iter()
             .enumerate()
             .find(|(_, p)| p.due().is_some())
@@ -179,7 +305,7 @@ impl Machine {
         let event = port.due().unwrap_or_default();
         let value = match event {
             CONSOLE_PORT => 1,
-            PORT_OPEN => u16::from(port.host_open),
+            PORT_OPEN => u16::from(port.host_open && !port.owes.hang_up),
             _ => 0,
         };
         out.extend(u32::try_from(id).unwrap_or(u32::MAX).to_le_bytes());
@@ -199,7 +325,7 @@ impl Machine {
 
     /// The message that [`Machine::next_message`] made is on its way.
     pub(super) fn message_sent(&mut self) {
-        let Some(port) = self.ports.iter_mut().find(|port| port.due().is_some()) else {
+        let Some(port) = self.slots.iter_mut().find(|port| port.due().is_some()) else {
             return;
         };
         match port.due() {
@@ -212,7 +338,8 @@ impl Machine {
             Some(CONSOLE_PORT) => port.owes.console = false,
             Some(RESIZE) => port.owes.resize = false,
             Some(PORT_NAME) => port.owes.name = false,
-            _ => port.told_open = port.host_open,
+            Some(DEVICE_REMOVE) => port.stage = Stage::Left,
+            _ => port.told_open = port.host_open && !std::mem::take(&mut port.owes.hang_up),
         }
     }
 }
@@ -228,7 +355,33 @@ impl Port {
         }
     }
 
+    fn vacant() -> Self {
+        Port {
+            stage: Stage::Vacant,
+            ..Self::new(PortSpec::generic(""))
+        }
+    }
+
+    fn is_vacant(&self) -> bool {
+        self.stage == Stage::Vacant
+    }
+
+    /// Whether it is a port still.
+    fn is_there(&self) -> bool {
+        !matches!(self.stage, Stage::Vacant | Stage::Leaving | Stage::Left)
+    }
+
+    /// Whether the driver has it.
+    fn is_known(&self) -> bool {
+        matches!(self.stage, Stage::Closed | Stage::Open)
+    }
+
+    /// The driver is gone, and with it what it had to let go of.
     fn reset(&mut self) {
+        if !self.is_there() {
+            *self = Self::vacant();
+            return;
+        }
         self.stage = Stage::Unknown;
         self.owes = Owes::default();
         self.told_open = false;
@@ -242,19 +395,21 @@ impl Port {
             console,
             resize: console,
             name: !self.spec.name.is_empty(),
+            hang_up: false,
         };
         self.told_open = false;
     }
 
     /// The first message that is owed, in the order in which QEMU's own device sends them.
     fn due(&self) -> Option<u16> {
-        let known = matches!(self.stage, Stage::Closed | Stage::Open);
+        let open = self.told_open != self.host_open || self.owes.hang_up;
         let owed = [
+            (self.stage == Stage::Leaving, DEVICE_REMOVE),
             (self.owes.add, DEVICE_ADD),
             (self.owes.console, CONSOLE_PORT),
             (self.owes.resize, RESIZE),
             (self.owes.name, PORT_NAME),
-            (known && self.told_open != self.host_open, PORT_OPEN),
+            (self.is_known() && open, PORT_OPEN),
         ];
         owed.into_iter()
             .find_map(|(owed, event)| owed.then_some(event))
@@ -288,19 +443,26 @@ mod tests {
         all
     }
 
+    fn host_open(machine: &mut Machine, slot: usize, open: bool) {
+        let blinked = false;
+        machine.set_host_side(slot, HostSide { open, blinked });
+    }
+
     fn machine() -> Machine {
         let console = PortKind::Console {
             columns: 80,
             rows: 25,
         };
-        let mut machine = Machine::new(&[
+        let specs = [
             PortSpec::generic("org.example.0"),
             PortSpec {
                 name: String::new(),
                 kind: console,
+                connected: true,
             },
-        ]);
-        machine.set_host_open(0, true);
+        ];
+        let mut machine = Machine::new(&specs, 3);
+        host_open(&mut machine, 0, true);
         machine
     }
 
@@ -355,14 +517,75 @@ mod tests {
         let mut machine = machine();
         machine.handle(&message(0, PORT_READY, 1)).unwrap();
         sent(&mut machine);
-        machine.set_host_open(0, false);
-        machine.set_host_open(0, true);
+        host_open(&mut machine, 0, false);
+        host_open(&mut machine, 0, true);
         assert!(
             sent(&mut machine).is_empty(),
             "nothing changed for the guest"
         );
-        machine.set_host_open(0, false);
+        host_open(&mut machine, 0, false);
         assert_eq!(sent(&mut machine), [(0, PORT_OPEN, 0, vec![])]);
+    }
+
+    #[test]
+    fn a_moment_without_a_client_is_told() {
+        let mut machine = machine();
+        machine.handle(&message(0, PORT_READY, 1)).unwrap();
+        sent(&mut machine);
+        let blink = HostSide {
+            open: true,
+            blinked: true,
+        };
+        machine.set_host_side(0, blink);
+        assert_eq!(
+            sent(&mut machine),
+            [(0, PORT_OPEN, 0, vec![]), (0, PORT_OPEN, 1, vec![])]
+        );
+    }
+
+    #[test]
+    fn a_port_comes_and_goes_and_its_slot_is_used_again_only_when_the_guest_has_let_go() {
+        let mut machine = machine();
+        machine.handle(&message(0, DEVICE_READY, 1)).unwrap();
+        sent(&mut machine);
+        let spec = PortSpec::generic("org.example.2");
+        assert_eq!(machine.add(spec.clone()), Some(2));
+        assert_eq!(machine.add(spec.clone()), None, "no room");
+        let early = machine.handle(&message(2, PORT_OPEN, 1));
+        assert_eq!(early, Err(Misuse::NotReady(2)));
+        assert_eq!(sent(&mut machine), [(2, DEVICE_ADD, 0, vec![])]);
+        machine.handle(&message(2, PORT_READY, 1)).unwrap();
+        machine.handle(&message(2, PORT_OPEN, 1)).unwrap();
+        sent(&mut machine);
+
+        machine.remove(2);
+        assert!(!machine.all_was_taken(), "it was not told yet");
+        assert_eq!(sent(&mut machine), [(2, DEVICE_REMOVE, 0, vec![])]);
+        assert_eq!(machine.handle(&message(2, PORT_OPEN, 0)), Ok(None));
+        assert_eq!(machine.add(spec.clone()), None);
+        assert!(machine.all_was_taken());
+        assert_eq!(
+            machine.handle(&message(2, PORT_OPEN, 1)),
+            Err(Misuse::NoSuchPort(2))
+        );
+        assert_eq!(machine.add(spec), Some(2));
+        machine.remove(2);
+        assert!(machine.is_vacant(2), "the guest never heard of it");
+        assert!(sent(&mut machine).is_empty());
+    }
+
+    #[test]
+    fn another_size_is_told_to_who_knows_the_console() {
+        let mut machine = machine();
+        machine.resize(1, 100, 30);
+        assert!(sent(&mut machine).is_empty());
+        assert_eq!(machine.console_size(), Some((100, 30)));
+        machine.handle(&message(1, PORT_READY, 1)).unwrap();
+        sent(&mut machine);
+        machine.resize(1, 120, 40);
+        machine.resize(1, 120, 40);
+        machine.resize(0, 120, 40);
+        assert_eq!(sent(&mut machine), [(1, RESIZE, 0, vec![120, 0, 40, 0])]);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use super::Shared;
 use super::control::{Effect, MESSAGE_LEN, Machine, Misuse};
 use super::port::{Cell, Rings};
 use super::quiet::Quiet;
-use super::ring::{self, Batch, Direction, Fault, Limits};
+use super::ring::{self, Batch, Direction, Fault, Limits, distance};
 use super::vring::{Memory, is_running};
 
 /// Messages handled at once, each way; then others have their turn.
@@ -27,9 +27,11 @@ const ONE: Limits = Limits {
 
 /// The control queues with one frontend, and what their driver was told.
 pub(super) struct Control {
-    machine: Machine,
+    pub(super) machine: Machine,
     rings: Option<Rings>,
     heard: bool,
+    /// The most buffers that the driver had left for messages: when they are all there, it has taken all it was told.
+    most: u16,
     quiet: Quiet,
 }
 
@@ -39,6 +41,7 @@ impl Control {
             machine,
             rings: None,
             heard: false,
+            most: 0,
             quiet: Quiet::default(),
         }
     }
@@ -52,6 +55,7 @@ impl Control {
     pub(super) fn restart(&mut self) {
         self.machine.reset();
         self.heard = false;
+        self.most = 0;
     }
 
     /// The frontend is gone.
@@ -86,6 +90,7 @@ impl Control {
                     machine: &mut self.machine,
                     quiet: &self.quiet,
                     heard: &mut self.heard,
+                    most: &mut self.most,
                     ports,
                 };
                 more |= listener
@@ -94,21 +99,41 @@ impl Control {
             }
         }
         for (index, port) in ports.iter().enumerate() {
-            self.machine.set_host_open(index, port.host_open());
+            self.machine.set_host_side(index, port.host_side());
         }
         let mut ring = rings.to_guest.get_mut();
         if is_running(&ring) {
+            let queue = ring.get_queue();
+            let there = distance(queue.next_avail(), ring::available_to(queue, &memory));
+            self.most = self.most.max(there);
             more |= tell(&mut self.machine, &self.quiet, &mut ring, &memory)
+                .and_then(|more| {
+                    let (machine, most) = (&mut self.machine, self.most);
+                    Ok(more | look_for_taken(machine, most, &mut ring, &memory)?)
+                })
                 .unwrap_or_else(|fault| complain(&self.quiet, &fault));
         }
         more
     }
 }
 
+/// Notes when the guest has taken everything it was told, if that matters; else asks for a kick when it has. Whether
+/// that made a slot vacant.
+fn look_for_taken(
+    machine: &mut Machine,
+    most: u16,
+    ring: &mut VringState<Memory>,
+    memory: &GuestMemoryMmap,
+) -> Result<bool, Fault> {
+    let all = machine.is_any_left() && ring::arm(ring.get_queue_mut(), memory, most.max(1))?;
+    Ok(all && machine.all_was_taken())
+}
+
 struct Listener<'c> {
     machine: &'c mut Machine,
     quiet: &'c Quiet,
     heard: &'c mut bool,
+    most: &'c mut u16,
     ports: &'c [Cell],
 }
 
@@ -148,6 +173,7 @@ impl Listener<'_> {
             Ok(None) => {}
             Ok(Some(Effect::Started)) => {
                 info!("guest driver started");
+                *self.most = 0;
                 self.ports.iter().for_each(Cell::restart);
             }
             Ok(Some(Effect::Opened(port))) => self.ports[port].guest_opened(),
@@ -216,5 +242,6 @@ impl Shared {
         if self.control().serve(&self.ports) {
             self.poke();
         }
+        self.vacated.notify_all();
     }
 }

@@ -29,12 +29,14 @@
 //!
 //! | what happens | what arrives | what it means here |
 //! | --- | --- | --- |
+//! | a port is added or removed | nothing | DEVICE_ADD, DEVICE_REMOVE; its rings are there from the start |
 //! | guest boots | rings start, DEVICE_READY | ports are announced |
 //! | agent opens or closes the port | PORT_OPEN | a session begins or ends, at an exact ring position |
 //! | guest reboots, driver unbound and bound | GET_VRING_BASE, rings start at 0, DEVICE_READY | every session is over |
 //! | guest wakes from suspension | the same, but PORT_READY for DEVICE_READY | the same |
 //! | QMP `stop` and `cont` | GET_VRING_BASE, rings start where they were | nothing; links wait |
 //! | QEMU ends | connection ends | every session is over; the next QEMU may connect |
+//! | we end | nothing | every port is removed, then QEMU is disconnected |
 //!
 //! # Locks
 //!
@@ -58,9 +60,11 @@ mod vring;
 
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
+use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use virtproxy_engine::unix_socket::ListenError;
@@ -81,6 +85,8 @@ pub struct PortSpec {
     pub name: String,
     /// What the guest makes of it.
     pub kind: PortKind,
+    /// Whether the host's side looks open to the guest until [`Port::set_connected`] says otherwise.
+    pub connected: bool,
 }
 
 impl PortSpec {
@@ -89,6 +95,7 @@ impl PortSpec {
         PortSpec {
             name: name.into(),
             kind: PortKind::Generic,
+            connected: true,
         }
     }
 }
@@ -117,6 +124,17 @@ pub enum StartError {
     /// The number of ports is wrong.
     #[error("a device has 1 to {MAX_PORTS} ports, not {0}")]
     Ports(usize),
+    /// More ports than room for them.
+    #[error(
+        "the device has room for {room} ports and no more: remove one, or start it with more room"
+    )]
+    Full {
+        /// How many.
+        room: usize,
+    },
+    /// Two ports cannot be told from each other.
+    #[error("there is a port {0:?} already: name it otherwise")]
+    Twice(String),
     /// A port's name is wrong.
     #[error("port name {0:?}: 1 to 255 bytes are needed, and no '/', space or control character")]
     Name(String),
@@ -131,49 +149,148 @@ pub struct Device;
 
 impl Device {
     /// Serves QEMU on `path` from now on, one connection after the other, until the handle is dropped.
-    /// The ports are in the order of `specs`.
+    /// The ports are in the order of `specs`; `room` is for how many there may be in all.
     pub fn start(
         path: impl AsRef<Path>,
         specs: Vec<PortSpec>,
+        room: usize,
     ) -> Result<(DeviceHandle, Vec<Port>), StartError> {
         if specs.is_empty() || specs.len() > MAX_PORTS {
             return Err(StartError::Ports(specs.len()));
         }
-        if let Some(bad) = specs.iter().find(|spec| !is_good_name(spec)) {
-            return Err(StartError::Name(bad.name.clone()));
+        if room < specs.len() || room > MAX_PORTS {
+            return Err(StartError::Ports(room));
+        }
+        for (index, spec) in specs.iter().enumerate() {
+            check_name(spec)?;
+            if specs[..index].iter().any(|other| other.name == spec.name) {
+                return Err(StartError::Twice(spec.name.clone()));
+            }
         }
         let path = path.as_ref();
+        let cells = specs.iter().map(Cell::new);
         let shared = Arc::new(Shared {
-            control: Mutex::new(Control::new(Machine::new(&specs))),
-            ports: specs.iter().map(|spec| Cell::new(&spec.name)).collect(),
-            specs,
+            name: format!("vhost-user:{}", path.display()),
+            control: Mutex::new(Control::new(Machine::new(&specs, room))),
+            vacated: Condvar::new(),
+            ports: cells
+                .chain(std::iter::repeat_with(Cell::vacant))
+                .take(room)
+                .collect(),
             poke: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
         });
         let server = Server::start(path, shared.clone())?;
-        let ports = (0..shared.ports.len())
-            .map(|index| Port::new(&shared, index, format!("vhost-user:{}", path.display())))
+        let ports = (0..specs.len())
+            .map(|index| Port::new(&shared, index))
             .collect();
-        Ok((DeviceHandle { _server: server }, ports))
+        let handle = DeviceHandle {
+            shared,
+            _server: server,
+        };
+        Ok((handle, ports))
     }
 }
 
-fn is_good_name(spec: &PortSpec) -> bool {
+fn check_name(spec: &PortSpec) -> Result<(), StartError> {
     let bad = |c: char| c == '/' || c.is_whitespace() || c.is_control();
     let needed = spec.kind == PortKind::Generic;
-    spec.name.len() <= 255 && !spec.name.contains(bad) && !(needed && spec.name.is_empty())
+    let good =
+        spec.name.len() <= 255 && !spec.name.contains(bad) && !(needed && spec.name.is_empty());
+    good.then_some(())
+        .ok_or_else(|| StartError::Name(spec.name.clone()))
 }
 
-/// Keeps the device alive. Dropping it disconnects QEMU (which its guest will not survive), ends every link, and
-/// removes the socket.
-#[derive(Debug)]
+/// How long the end of a device waits for the guest to let go of its ports.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Keeps the device alive. Dropping it takes the ports from the guest, disconnects QEMU, ends every link, and removes
+/// the socket.
+///
+/// The guest's kernel spins while it waits for a control message to be taken, and a program that closes its port sends
+/// one. With nobody to take it, the guest's processor would spin for ever. So the ports are removed first, which the
+/// guest is given [a moment](FAREWELL) to notice: without ports its kernel has nothing to say.
 pub struct DeviceHandle {
+    shared: Arc<Shared>,
     _server: Server,
+}
+
+impl DeviceHandle {
+    /// Gives the guest one more port.
+    pub fn add(&self, spec: PortSpec) -> Result<Port, StartError> {
+        check_name(&spec)?;
+        let mut control = self.shared.control();
+        if control.machine.has_name(&spec.name) {
+            return Err(StartError::Twice(spec.name));
+        }
+        let slot = control
+            .machine
+            .add(spec.clone())
+            .ok_or(StartError::Full { room: self.room() })?;
+        self.shared.ports[slot].occupy(&spec);
+        drop(control);
+        self.shared.poke();
+        Ok(Port::new(&self.shared, slot))
+    }
+
+    /// Takes a port from the guest. Its slot is free for another one when the guest has let go of it.
+    pub fn remove(&self, port: Port) -> Removal {
+        let slot = port.slot();
+        drop(port);
+        self.shared.remove(slot);
+        Removal {
+            shared: self.shared.clone(),
+            slot,
+        }
+    }
+
+    /// How many ports there may be.
+    pub fn room(&self) -> usize {
+        self.shared.ports.len()
+    }
+
+    /// What `num_vqs=` on QEMU's `-device` line must be.
+    pub fn queues(&self) -> usize {
+        2 * (self.room() + 1)
+    }
+}
+
+impl Drop for DeviceHandle {
+    fn drop(&mut self) {
+        let slots = 0..self.room();
+        slots.clone().for_each(|slot| self.shared.remove(slot));
+        let end = Instant::now() + FAREWELL;
+        for slot in slots {
+            if !self.shared.wait_vacant(slot, end) {
+                warn!(
+                    "the guest has not let go of its ports within {FAREWELL:?}; a program in it that uses one may hang"
+                );
+                break;
+            }
+        }
+    }
+}
+
+/// The guest is about to let go of a port.
+pub struct Removal {
+    shared: Arc<Shared>,
+    slot: usize,
+}
+
+impl Removal {
+    /// Waits until it has, on this thread; false if it has not within `limit`.
+    pub fn wait(&self, limit: Duration) -> bool {
+        self.shared.wait_vacant(self.slot, Instant::now() + limit)
+    }
 }
 
 /// What the ports and all threads of a device share.
 struct Shared {
-    specs: Vec<PortSpec>,
+    /// For messages.
+    name: String,
     control: Mutex<Control>,
+    /// Goes with `control`: a slot may have become vacant.
+    vacated: Condvar,
+    /// One for each slot.
     ports: Vec<Cell>,
     /// Written to make both worker threads look at what changed.
     poke: EventFd,
@@ -184,15 +301,43 @@ impl Shared {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Takes a port from the guest, if there is one in the slot.
+    fn remove(&self, slot: usize) {
+        self.control().machine.remove(slot);
+        self.ports[slot].vacate();
+        self.poke();
+    }
+
+    /// Waits until the guest has let go of what was in the slot; false if it has not by `end`.
+    fn wait_vacant(&self, slot: usize, end: Instant) -> bool {
+        let left = end.saturating_duration_since(Instant::now());
+        let (control, _) = self
+            .vacated
+            .wait_timeout_while(self.control(), left, |control| {
+                !control.machine.is_vacant(slot)
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        control.machine.is_vacant(slot)
+    }
+
+    /// The driver wrote a character to the configuration, for want of working queues.
+    fn emergency(&self, byte: u8) {
+        if let Some(slot) = self.control().machine.console() {
+            self.ports[slot].emergency_write(byte);
+        }
+    }
+
     /// The device is as it was before any driver came.
     fn restart(&self) {
         self.control().restart();
+        self.vacated.notify_all();
         self.ports.iter().for_each(Cell::restart);
     }
 
     /// The frontend is gone.
     fn detach(&self) {
         self.control().detach();
+        self.vacated.notify_all();
         self.ports.iter().for_each(Cell::detach);
     }
 

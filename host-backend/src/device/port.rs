@@ -16,12 +16,14 @@
 //!   the guest has closed its side; what it writes until then is discarded, so that it never blocks;
 //! * *the driver starts anew, or QEMU ends*: at once, the ring is no more.
 //!
+//! * *the port is removed*: at once, and what the guest still writes is discarded.
+//!
 //! GET_VRING_BASE alone (the VM is paused) ends nothing: the link finds its rings stopped and waits.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use tracing::{info, warn};
 use vhost_user_backend::VringT;
@@ -29,17 +31,19 @@ use virtio_queue::QueueT;
 use virtproxy_engine::channel::{BoxFuture, Channel, Link, Progress, Sink, Source};
 use vm_memory::GuestAddressSpace;
 
+use super::control::HostSide;
 use super::quiet::Quiet;
 use super::ring::{self, Batch, Direction, Fault};
 use super::sessions::{Sessions, Standing, chains_left};
 use super::signal::Signal;
 use super::to_guest::Pace;
 use super::vring::{Memory, Vring, is_running};
-use super::{Shared, from_guest, to_guest};
+use super::{PortSpec, Shared, from_guest, to_guest};
 
 /// What the engine and the device's threads share of a port.
 pub(super) struct Cell {
-    name: String,
+    /// For messages; another one when the slot has another port.
+    name: Mutex<String>,
     state: Mutex<State>,
     /// Mirrors `State::sessions`, so that a kick need not wait for a transaction to end.
     discarding: AtomicBool,
@@ -47,8 +51,14 @@ pub(super) struct Cell {
     pub(super) link: Signal,
     /// There may be a session to claim.
     opened: Signal,
+    /// Characters from the configuration that nobody has fetched, at most [`MAX_EMERGENCY`].
+    emergency: Mutex<Vec<u8>>,
+    emergency_came: Signal,
     quiet: Quiet,
 }
+
+/// Emergency characters that wait to be fetched. What is more is lost, as it would be on a line that nobody reads.
+const MAX_EMERGENCY: usize = 4096;
 
 struct State {
     rings: Option<Rings>,
@@ -57,6 +67,11 @@ struct State {
     stopped_at: Option<u16>,
     /// The engine still has its [`Port`].
     served: bool,
+    /// Nobody's slot: what comes from the guest is discarded.
+    vacant: bool,
+    /// What [`Port::set_connected`] said last, and whether it was `false` since the guest was told.
+    connected: bool,
+    blinked: bool,
 }
 
 /// The port's two virtqueues, for as long as one frontend is connected.
@@ -67,20 +82,76 @@ pub(super) struct Rings {
 }
 
 impl Cell {
-    pub(super) fn new(name: &str) -> Self {
+    pub(super) fn new(spec: &PortSpec) -> Self {
+        let cell = Self::vacant();
+        cell.occupy(spec);
+        cell
+    }
+
+    /// A slot without a port.
+    pub(super) fn vacant() -> Self {
         Cell {
-            name: name.to_owned(),
+            name: Mutex::default(),
             state: Mutex::new(State {
                 rings: None,
                 sessions: Sessions::default(),
                 stopped_at: None,
-                served: true,
+                served: false,
+                vacant: true,
+                connected: false,
+                blinked: false,
             }),
-            discarding: AtomicBool::new(false),
+            discarding: AtomicBool::new(true),
             link: Signal::default(),
             opened: Signal::default(),
+            emergency: Mutex::default(),
+            emergency_came: Signal::default(),
             quiet: Quiet::default(),
         }
+    }
+
+    /// The slot has a port from now on. Whatever the ring still holds was for the one before.
+    pub(super) fn occupy(&self, spec: &PortSpec) {
+        spec.name.clone_into(&mut self.name());
+        self.emergency().clear();
+        self.change(|state| {
+            if state.rings.is_some() {
+                self.discard_once(state);
+            }
+            state.served = true;
+            state.vacant = false;
+            state.connected = spec.connected;
+            state.blinked = false;
+        });
+    }
+
+    /// The slot has no port any more: its link ends, and whatever comes from the guest is discarded.
+    pub(super) fn vacate(&self) {
+        self.change(|state| {
+            state.sessions.clear();
+            state.served = false;
+            state.vacant = true;
+        });
+    }
+
+    /// The driver wrote a character to the configuration.
+    pub(super) fn emergency_write(&self, byte: u8) {
+        let mut emergency = self.emergency();
+        if emergency.len() < MAX_EMERGENCY {
+            emergency.push(byte);
+        }
+        drop(emergency);
+        self.emergency_came.set();
+    }
+
+    fn emergency(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.emergency
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn name(&self) -> MutexGuard<'_, String> {
+        self.name.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A frontend is connected, and these are the rings.
@@ -103,7 +174,7 @@ impl Cell {
 
     /// The guest opened the port.
     pub(super) fn guest_opened(&self) {
-        info!(port = self.name, "guest opened the port");
+        info!(port = *self.name(), "guest opened the port");
         self.change(|state| {
             state.close();
             state.sessions.open();
@@ -112,7 +183,7 @@ impl Cell {
 
     /// The guest closed the port. On return nothing more goes into the ring to it.
     pub(super) fn guest_closed(&self) {
-        info!(port = self.name, "guest closed the port");
+        info!(port = *self.name(), "guest closed the port");
         self.change(State::close);
     }
 
@@ -127,10 +198,13 @@ impl Cell {
         }
     }
 
-    /// Whether our side of the port is to look open to the guest.
-    pub(super) fn host_open(&self) -> bool {
-        let state = self.lock();
-        state.served && !state.sessions.is_hung_up()
+    /// What our side of the port is to look like to the guest.
+    pub(super) fn host_side(&self) -> HostSide {
+        let mut state = self.lock();
+        HostSide {
+            open: state.served && state.connected && !state.sessions.is_hung_up(),
+            blinked: std::mem::take(&mut state.blinked),
+        }
     }
 
     /// The ring from the guest got chains, or sessions changed: discards what is nobody's. Bounded by what the
@@ -158,7 +232,7 @@ impl Cell {
     pub(super) fn report(&self, direction: Direction, fault: &Fault) {
         if let Some(held_back) = self.quiet.permit() {
             warn!(
-                port = self.name,
+                port = *self.name(),
                 ?direction,
                 "guest misuses its ring: {fault}{held_back}"
             );
@@ -173,8 +247,8 @@ impl Cell {
     fn change(&self, change: impl FnOnce(&mut State)) {
         let mut state = self.lock();
         change(&mut state);
-        let abandoned = state.sessions.abandoned().is_some();
-        self.discarding.store(abandoned, Ordering::Release);
+        let discarding = state.vacant || state.sessions.abandoned().is_some();
+        self.discarding.store(discarding, Ordering::Release);
         drop(state);
         self.link.set();
         self.opened.set();
@@ -183,7 +257,11 @@ impl Cell {
     /// One bounded pass; whether another one should follow.
     fn discard_once(&self, state: &mut State) -> bool {
         let goes = state.check_restart();
-        let (Some(standing), Some(rings)) = (state.sessions.abandoned(), &state.rings) else {
+        let standing = match state.vacant {
+            true => Some(Standing::Open),
+            false => state.sessions.abandoned(),
+        };
+        let (Some(standing), Some(rings)) = (standing, &state.rings) else {
             return false;
         };
         let memory = rings.memory.memory();
@@ -257,16 +335,68 @@ impl State {
 pub struct Port {
     shared: Arc<Shared>,
     index: usize,
-    name: String,
 }
 
 impl Port {
-    pub(super) fn new(shared: &Arc<Shared>, index: usize, name: String) -> Self {
+    pub(super) fn new(shared: &Arc<Shared>, index: usize) -> Self {
         Port {
             shared: shared.clone(),
             index,
-            name,
         }
+    }
+
+    pub(super) fn slot(&self) -> usize {
+        self.index
+    }
+
+    /// What [`Channel::open`] waits for.
+    pub fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<Box<dyn Link>> {
+        loop {
+            let claimed = self.cell().lock().sessions.claim();
+            if let Some(generation) = claimed {
+                let link = PortLink {
+                    shared: self.shared.clone(),
+                    index: self.index,
+                    generation,
+                    batch: Batch::default(),
+                    pace: Pace::new(),
+                };
+                self.cell().link.set();
+                return Poll::Ready(Box::new(link));
+            }
+            ready!(self.cell().opened.poll(cx));
+        }
+    }
+
+    /// Whether there is somebody on the host whom the guest can reach: the guest sees our side closed otherwise, and
+    /// sees it even if it lasts but a moment. Has no effect on links.
+    pub fn set_connected(&self, connected: bool) {
+        self.cell().change(|state| {
+            state.blinked |= state.connected && !connected;
+            state.connected = connected;
+        });
+        self.shared.poke();
+    }
+
+    /// Whether the guest has it open.
+    pub fn guest_has_it_open(&self) -> bool {
+        self.cell().lock().sessions.is_open()
+    }
+
+    /// The terminal of a console has this size from now on. Other ports have none.
+    pub fn resize(&self, columns: u16, rows: u16) {
+        self.shared
+            .control()
+            .machine
+            .resize(self.index, columns, rows);
+        self.shared.poke();
+    }
+
+    /// Waits for characters that the guest's driver could not write the ordinary way, and appends them to `out`.
+    pub fn poll_emergency(&self, cx: &mut Context<'_>, out: &mut Vec<u8>) -> Poll<()> {
+        ready!(self.cell().emergency_came.poll(cx));
+        out.append(&mut self.cell().emergency());
+        Poll::Ready(())
     }
 
     fn cell(&self) -> &Cell {
@@ -276,29 +406,11 @@ impl Port {
 
 impl Channel for Port {
     fn open(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Link>>> {
-        Box::pin(std::future::poll_fn(|cx| {
-            loop {
-                let claimed = self.cell().lock().sessions.claim();
-                if let Some(generation) = claimed {
-                    let link = PortLink {
-                        shared: self.shared.clone(),
-                        index: self.index,
-                        generation,
-                        batch: Batch::default(),
-                        pace: Pace::new(),
-                    };
-                    self.cell().link.set();
-                    return Poll::Ready(Ok(Box::new(link) as Box<dyn Link>));
-                }
-                if self.cell().opened.poll(cx).is_pending() {
-                    return Poll::Pending;
-                }
-            }
-        }))
+        Box::pin(std::future::poll_fn(|cx| self.poll_open(cx).map(Ok)))
     }
 
     fn name(&self) -> &str {
-        &self.name
+        &self.shared.name
     }
 }
 

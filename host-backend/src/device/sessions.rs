@@ -159,6 +159,11 @@ impl Sessions {
             .is_some_and(|last| last.end.is_none() && last.owner == Owner::Gone)
     }
 
+    /// Whether the guest has the port open.
+    pub(super) fn is_open(&self) -> bool {
+        self.list.back().is_some_and(|last| last.end.is_none())
+    }
+
     /// The ring starts from nothing: every session is over.
     pub(super) fn clear(&mut self) {
         self.list.clear();

@@ -18,6 +18,7 @@ use super::ring::{PATIENCE, Ring, RingSetup, wait_any};
 
 pub const DEVICE_READY: u16 = 0;
 pub const DEVICE_ADD: u16 = 1;
+pub const DEVICE_REMOVE: u16 = 2;
 pub const PORT_READY: u16 = 3;
 pub const CONSOLE_PORT: u16 = 4;
 pub const RESIZE: u16 = 5;
@@ -46,6 +47,8 @@ pub struct Setup {
     pub event_idx: bool,
     pub indirect: bool,
     pub ports: usize,
+    /// Room for further ports.
+    pub spare: usize,
 }
 
 impl Default for Setup {
@@ -55,6 +58,7 @@ impl Default for Setup {
             event_idx: true,
             indirect: true,
             ports: 1,
+            spare: 0,
         }
     }
 }
@@ -92,7 +96,8 @@ pub struct Guest {
 impl Guest {
     /// QEMU starts: connects, and asks what it asks when it makes the device.
     pub fn connect(path: &Path, setup: Setup) -> Self {
-        let queues = 2 * (setup.ports + 1);
+        let room = setup.ports + setup.spare;
+        let queues = 2 * (room + 1);
         let mut frontend = Frontend::connect(path, queues as u64).unwrap();
         let offered = frontend.get_features().unwrap();
         let protocol = frontend.get_protocol_features().unwrap();
@@ -105,7 +110,7 @@ impl Guest {
         frontend.set_owner().unwrap();
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
 
-        let buffers = (PAGE + MAX_WRITE) as u64 * u64::from(setup.size) * (setup.ports as u64 + 1);
+        let buffers = (PAGE + MAX_WRITE) as u64 * u64::from(setup.size) * (room as u64 + 1);
         let len = BUFFERS + buffers;
         let file = memfd(len);
         let range = (GuestAddress(0), usize::try_from(len).unwrap());
@@ -150,7 +155,7 @@ impl Guest {
             frontend,
             memory,
             rings,
-            ports: (0..setup.ports).map(|_| GuestPort::default()).collect(),
+            ports: (0..room).map(|_| GuestPort::default()).collect(),
             setup,
             features,
             heard: Vec::new(),
@@ -233,8 +238,7 @@ impl Guest {
         self.fill(CONTROL_IN);
         self.control(u32::MAX, DEVICE_READY, 1);
         self.wait_control("all ports were added", |guest| {
-            guest
-                .ports
+            guest.ports[..guest.setup.ports]
                 .iter()
                 .all(|port| port.added && port.name.is_some())
         });
@@ -304,10 +308,6 @@ impl Guest {
             self.memory
                 .read_slice(&mut bytes, GuestAddress(buffer))
                 .unwrap();
-            self.rings[CONTROL_IN]
-                .add(&[(buffer, PAGE_LEN)], true)
-                .unwrap();
-            self.rings[CONTROL_IN].notify();
             let message = Control {
                 id: u32::from_le_bytes(bytes[..4].try_into().unwrap()),
                 event: u16::from_le_bytes(bytes[4..6].try_into().unwrap()),
@@ -323,9 +323,19 @@ impl Guest {
                     self.control(message.id, PORT_READY, 1);
                 }
                 PORT_NAME => self.ports[index].name = Some(message.rest),
+                // `unplug_port` says nothing to the device, and its buffers stay in the ring.
+                DEVICE_REMOVE => {
+                    self.discard(index);
+                    self.ports[index] = GuestPort::default();
+                }
                 PORT_OPEN => self.ports[index].host_connected = message.value != 0,
                 _ => {}
             }
+            // The buffer goes back only now: `control_work_handler`.
+            self.rings[CONTROL_IN]
+                .add(&[(buffer, PAGE_LEN)], true)
+                .unwrap();
+            self.rings[CONTROL_IN].notify();
         }
     }
 
@@ -459,6 +469,12 @@ impl Guest {
         } else {
             ring_in.wait_used();
         }
+    }
+
+    /// What QEMU does when the driver writes to the configuration: it hands over all of it.
+    pub fn set_config(&mut self, bytes: &[u8]) {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        self.frontend.set_config(0, flags, bytes).unwrap();
     }
 
     pub fn config(&mut self, offset: u32, size: u32) -> Vec<u8> {

@@ -24,7 +24,7 @@ pub const NAME: &str = "org.virtproxy.0";
 /// A device with one port.
 pub fn device(path: &Path) -> (DeviceHandle, Port) {
     log();
-    let (handle, mut ports) = Device::start(path, vec![PortSpec::generic(NAME)]).unwrap();
+    let (handle, mut ports) = Device::start(path, vec![PortSpec::generic(NAME)], 1).unwrap();
     (handle, ports.remove(0))
 }
 
