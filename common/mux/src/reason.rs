@@ -87,7 +87,9 @@ impl fmt::Display for End {
         match self {
             End::PeerRestarted => f.write_str("the other end restarted"),
             End::PeerAborted(reason) => write!(f, "the other end ended the session: {reason}"),
-            End::Damaged => f.write_str("the channel lost or added bytes"),
+            End::Damaged => {
+                f.write_str("the channel lost or added bytes, as when an end dies in mid-frame")
+            }
             End::Violation(violation) => write!(f, "the other end broke the protocol: {violation}"),
         }
     }

@@ -359,6 +359,7 @@ impl Driver {
         }
         self.keepalive();
         let received = link.receive(&mut |segments| self.on_bytes(segments))?;
+        self.ask_for_the_rest();
         let sent = link.send(&mut |segments| self.fill(segments))?;
         let busy = received == Progress::Again || sent == Progress::Again;
         self.events_pending |= busy;
@@ -397,7 +398,7 @@ impl Driver {
         self.restarts.1 += 1;
         match end {
             End::PeerRestarted | End::Damaged if self.restarts.1 <= MAX_RESTARTS => {
-                info!("{end}");
+                info!("{end}; a new session begins");
                 self.new_session()?;
                 Ok(None)
             }
@@ -441,11 +442,6 @@ impl Driver {
     /// Asks for a sign of life now and then, and reports its absence; a paused machine is not a dead one.
     fn keepalive(&mut self) {
         let now = Instant::now();
-        if self.stall.is_some_and(|at| at <= now) {
-            self.stall = None;
-            self.patience = (self.patience * 2).min(KEEPALIVE);
-            self.session.stalled();
-        }
         if now < self.next_ping {
             return;
         }
@@ -458,6 +454,15 @@ impl Driver {
             warn!(
                 "the other end has not answered for {KEEPALIVE:?}; it may be paused: its streams are kept"
             );
+        }
+    }
+
+    /// Asks about a frame whose rest does not come, before the keepalive does.
+    fn ask_for_the_rest(&mut self) {
+        if self.stall.is_some_and(|at| at <= Instant::now()) {
+            self.stall = None;
+            self.patience = (self.patience * 2).min(KEEPALIVE);
+            self.session.stalled();
         }
     }
 

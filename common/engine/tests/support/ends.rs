@@ -3,6 +3,7 @@
 use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;
 
+use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use virtproxy_engine::channel::{BoxFuture, Channel, Link};
 use virtproxy_engine::driver::{Driver, Settings};
@@ -10,13 +11,13 @@ use virtproxy_engine::fd_link::FdLink;
 use virtproxy_engine::spec::ForwardSpec;
 
 /// A channel whose links are handed in by the test.
-struct Handed(mpsc::UnboundedReceiver<StdUnixStream>);
+struct Handed(mpsc::UnboundedReceiver<FdLink>);
 
 impl Channel for Handed {
     fn open(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Link>>> {
         Box::pin(async {
             match self.0.recv().await {
-                Some(socket) => Ok(Box::new(FdLink::new(socket.into())?) as Box<dyn Link>),
+                Some(link) => Ok(Box::new(link) as Box<dyn Link>),
                 None => std::future::pending().await,
             }
         })
@@ -29,7 +30,7 @@ impl Channel for Handed {
 
 /// One end under test.
 pub(crate) struct End {
-    pub(crate) links: mpsc::UnboundedSender<StdUnixStream>,
+    pub(crate) links: mpsc::UnboundedSender<FdLink>,
     pub(crate) stop: watch::Sender<bool>,
     pub(crate) done: tokio::task::JoinHandle<io::Result<()>>,
 }
@@ -55,11 +56,32 @@ pub(crate) async fn end_with(
     End { links, stop, done }
 }
 
+impl End {
+    /// Gives it a link over `socket`.
+    pub(crate) fn link(&self, socket: StdUnixStream) {
+        let link = FdLink::new(socket.into()).unwrap();
+        self.links.send(link).unwrap();
+    }
+
+    /// Gives it a link over which frames are sealed; the other end of it.
+    pub(crate) fn sealed_link(&self) -> UnixStream {
+        let (ours, theirs) = StdUnixStream::pair().unwrap();
+        let link = FdLink::new(ours.into()).unwrap().sealed();
+        self.links.send(link).unwrap();
+        tokio_socket(theirs)
+    }
+}
+
+pub(crate) fn tokio_socket(socket: StdUnixStream) -> UnixStream {
+    socket.set_nonblocking(true).unwrap();
+    UnixStream::from_std(socket).unwrap()
+}
+
 /// A new link between two ends; shutting down what is returned cuts it.
 pub(crate) fn join(a: &End, b: &End) -> StdUnixStream {
     let (x, y) = StdUnixStream::pair().unwrap();
     let cut = x.try_clone().unwrap();
-    a.links.send(x).unwrap();
-    b.links.send(y).unwrap();
+    a.link(x);
+    b.link(y);
     cut
 }

@@ -3,7 +3,7 @@
 use alloc::vec::Vec;
 
 use super::{Envelope, Session};
-use crate::stream::StreamId;
+use crate::stream::{Stream, StreamId};
 
 /// Where the credit of a stream, or of the whole session, stands at one end, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,5 +51,46 @@ impl Session {
     /// How many entries the session keeps beside its streams: in its lines, its events and its unfinished frame.
     pub fn backlog(&self) -> usize {
         self.control.len() + self.schedule.len() + self.events.len() + self.partial.len()
+    }
+
+    /// Checks what must always hold; for tests, fuzzing and model checking.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn check_invariants(&self) {
+        for stream in self.streams.iter() {
+            let receive = &stream.receive;
+            if stream.exposure() > 0 {
+                assert_eq!(
+                    receive.granted.bytes() + receive.held + receive.returnable,
+                    receive.window,
+                    "stream {}: what was granted, is held and is to be returned makes up its window",
+                    stream.id
+                );
+            }
+            assert!(
+                !stream.is_gone(),
+                "stream {} is gone but still there",
+                stream.id
+            );
+        }
+        let exposed: u64 = self.streams.iter().map(Stream::exposure).sum();
+        assert!(
+            exposed <= self.committed,
+            "every grant is accounted for in the session's memory"
+        );
+        assert!(
+            self.committed <= self.memory(),
+            "no more is granted and held than the session's memory"
+        );
+        assert!(
+            self.streams() as u64 <= u64::from(self.config.max_streams) * 2,
+            "no more streams than both sides allow"
+        );
+        assert_eq!(
+            self.receive.granted.bytes() + self.receive.held + self.receive.returnable,
+            self.receive.window,
+            "the session's credit is conserved"
+        );
     }
 }

@@ -41,6 +41,7 @@
 //!
 //! Time is in microseconds from any fixed start and never goes back.
 
+mod handshake;
 #[cfg(feature = "sim")]
 mod inspect;
 mod receive;
@@ -615,47 +616,6 @@ impl Session {
         let streams = u64::from(self.config.max_streams) * 2;
         let reserve = streams.saturating_sub(self.streams() as u64) * u64::from(MIN_WINDOW);
         self.config.memory.saturating_sub(reserve + self.committed)
-    }
-
-    /// Checks what must always hold; for tests, fuzzing and model checking.
-    ///
-    /// # Panics
-    /// If it does not.
-    pub fn check_invariants(&self) {
-        for stream in self.streams.iter() {
-            let receive = &stream.receive;
-            if stream.exposure() > 0 {
-                assert_eq!(
-                    receive.granted.bytes() + receive.held + receive.returnable,
-                    receive.window,
-                    "stream {}: what was granted, is held and is to be returned makes up its window",
-                    stream.id
-                );
-            }
-            assert!(
-                !stream.is_gone(),
-                "stream {} is gone but still there",
-                stream.id
-            );
-        }
-        let exposed: u64 = self.streams.iter().map(Stream::exposure).sum();
-        assert!(
-            exposed <= self.committed,
-            "every grant is accounted for in the session's memory"
-        );
-        assert!(
-            self.committed <= self.memory(),
-            "no more is granted and held than the session's memory"
-        );
-        assert!(
-            self.streams() as u64 <= u64::from(self.config.max_streams) * 2,
-            "no more streams than both sides allow"
-        );
-        assert_eq!(
-            self.receive.granted.bytes() + self.receive.held + self.receive.returnable,
-            self.receive.window,
-            "the session's credit is conserved"
-        );
     }
 }
 

@@ -2,15 +2,14 @@
 
 use alloc::string::String;
 
-use super::{Event, Expect, MAX_WINDOW, Payload, Sealing, Session, State, Time, end_receiving};
-use crate::credit::Credit;
+use super::{Event, Expect, Payload, Session, State, Time, end_receiving};
 use crate::frame::{
-    HEADER_LEN, Header, IGNORABLE, MAX_CONTROL_FRAME, MAX_CONTROL_PAYLOAD, MAX_PAYLOAD,
-    MAX_SERVICE_LEN, MAX_TEXT_LEN, kind, split_u16, split_u32, valid_service_name,
+    HEADER_LEN, Header, IGNORABLE, MAX_CONTROL_FRAME, MAX_CONTROL_PAYLOAD, MAX_SERVICE_LEN,
+    MAX_TEXT_LEN, kind, split_u16, split_u32, valid_service_name,
 };
-use crate::hello::{Hello, MAGIC, Parse, printable};
+use crate::hello::{Hello, Parse, printable};
 use crate::reason::{End, Reason, Violation};
-use crate::seal::{SEAL_LEN, Seals};
+use crate::seal::SEAL_LEN;
 use crate::stream::{Address, Half, Phase, Stream, StreamId};
 
 /// How many round trips a whole window may take for it to count as what holds the stream back.
@@ -89,42 +88,6 @@ impl Session {
             };
         }
         used
-    }
-
-    /// Skips garbage up to a whole handshake; returns the bytes used.
-    fn seek(&mut self, bytes: &[u8]) -> usize {
-        if self.partial.is_empty() {
-            let garbage = bytes.iter().take_while(|byte| **byte != MAGIC[0]).count();
-            self.stats.skipped += garbage as u64;
-            if garbage > 0 {
-                return garbage;
-            }
-        }
-        self.partial.push(bytes[0]);
-        let end = self.partial.len();
-        let mut keep = end;
-        // Garbage may look like the start of a handshake and claim a length that never comes, so a whole one is
-        // looked for inside it too.
-        for start in 0..end {
-            let candidate = &self.partial[start..];
-            let ended = || Hello::claimed_len(candidate).is_some_and(|len| start + len < end);
-            if candidate[0] != MAGIC[0] || ended() {
-                continue;
-            }
-            match Hello::parse(candidate) {
-                Parse::Whole(hello) => {
-                    self.stats.skipped += start as u64;
-                    self.partial.clear();
-                    self.greet(hello);
-                    return 1;
-                }
-                Parse::Partial => keep = keep.min(start),
-                Parse::Garbage => {}
-            }
-        }
-        self.stats.skipped += keep as u64;
-        self.partial.drain(..keep);
-        1
     }
 
     /// Completes a header or a control frame; returns the bytes used.
@@ -229,12 +192,13 @@ impl Session {
             });
         }
         debug_assert!(bulk || header.len as usize <= MAX_CONTROL_PAYLOAD);
-        match (header.kind, &self.sealing) {
-            (_, Some(_)) if bulk => self.expect = Expect::Unverified(header),
-            (_, Some(_)) => {}
-            (kind::FIN, None) => self.fin(Address::from_wire(header.stream))?,
-            (_, None) if bulk => self.bulk(header)?,
-            (_, None) => {}
+        let sealed = self.sealing.is_some();
+        if bulk && sealed {
+            self.expect = Expect::Unverified(header);
+        } else if bulk {
+            self.bulk(header)?;
+        } else if header.kind == kind::FIN && !sealed {
+            self.fin(Address::from_wire(header.stream))?;
         }
         Ok(())
     }
@@ -310,16 +274,6 @@ impl Session {
         });
         if let Some(id) = self.live(finished)? {
             self.events.push_back(Event::Finished(id));
-        }
-        Ok(())
-    }
-
-    /// One more byte of a handshake in mid-session is there.
-    fn hello_again(&mut self) -> Result<(), Violation> {
-        match Hello::parse(&self.partial) {
-            Parse::Whole(hello) => self.greet(hello),
-            Parse::Partial => {}
-            Parse::Garbage => return Err(Violation::BadHello),
         }
         Ok(())
     }
@@ -507,60 +461,6 @@ impl Session {
         }
     }
 
-    /// The peer's handshake, while seeking or in mid-session.
-    fn greet(&mut self, hello: Hello) {
-        if hello.epoch == self.epoch {
-            return; // our own bytes came back: a terminal that echoes
-        }
-        let for_us = hello.ack == self.epoch;
-        if self.is_established() {
-            let same = self
-                .peer
-                .as_ref()
-                .is_some_and(|peer| peer.epoch == hello.epoch);
-            if !(same && for_us) {
-                self.end(End::PeerRestarted);
-            } else if self.sealing.is_some() {
-                // It waits for the rest of a frame. That is late, or lost: then what we send next shows it.
-                self.owed.padding = hello.max_frame.min(MAX_PAYLOAD) as usize + SEAL_LEN;
-            }
-            return;
-        }
-        let (min, max) = self.config.versions;
-        let compatible = hello.common_version(min, max).is_some();
-        let new = self
-            .peer
-            .as_ref()
-            .is_none_or(|peer| peer.epoch != hello.epoch);
-        if hello.ack == 0 || for_us {
-            if self.answered != hello.epoch {
-                self.answered = hello.epoch;
-                self.owed.hello = Some(hello.epoch);
-            }
-            self.owed.filler = 0;
-        } else if new {
-            // It takes us for whoever was here before, and may wait for the rest of a frame of theirs. Nothing is
-            // acknowledged yet, so that no session can start before the filler ends.
-            self.owed.hello = Some(0);
-            self.owed.filler = hello.max_frame.min(MAX_PAYLOAD) as usize;
-        }
-        self.peer = Some(hello.clone());
-        if !compatible {
-            if new {
-                self.events.push_back(Event::Incompatible(hello));
-            }
-        } else if for_us {
-            self.state = State::Established;
-            self.sealing = self.is_sealed().then(|| Sealing {
-                sending: Seals::new(self.epoch, hello.epoch),
-                receiving: Seals::new(hello.epoch, self.epoch),
-            });
-            self.send = Credit::new(hello.session_window.min(MAX_WINDOW)).unwrap_or_default();
-            self.owed.ping = true;
-            self.events.push_back(Event::Established(hello));
-        }
-    }
-
     /// Ends the session for what arrived, and tells the peer if that is to blame.
     fn fail(&mut self, end: End) {
         let farewell = match &end {
@@ -571,7 +471,7 @@ impl Session {
         self.owed.goaway = farewell.map(|text| (Reason::ProtocolError, text.into()));
     }
 
-    fn end(&mut self, end: End) {
+    pub(super) fn end(&mut self, end: End) {
         self.state = State::Ended;
         self.expect = Expect::Frame;
         self.partial.clear();

@@ -2,7 +2,6 @@
 
 use super::{Envelope, Session, State, Time, Transmit};
 use crate::frame::{HEADER_LEN, Header, MAX_CONTROL_FRAME, Writer, kind};
-use crate::hello::{Hello, MAX_PRODUCT_LEN, SEAL, truncate};
 use crate::reason::Reason;
 use crate::schedule::Schedule;
 use crate::seal::SEAL_LEN;
@@ -100,25 +99,6 @@ impl Session {
             && self.receive.returnable >= self.config.session_window / 4
     }
 
-    /// What is sent outside of all sessions, and never sealed: HELLO, and filler.
-    fn handshake(&mut self, buf: &mut [u8]) -> Option<usize> {
-        if let Some(ack) = self.owed.hello.take() {
-            let hello = self.hello(ack).encode();
-            buf[..hello.len()].copy_from_slice(&hello);
-            return Some(hello.len());
-        }
-        if self.owed.filler > 0 {
-            let len = self.owed.filler.min(buf.len());
-            buf[..len].fill(0);
-            self.owed.filler -= len;
-            if self.owed.filler == 0 {
-                self.owed.hello = Some(0);
-            }
-            return Some(len);
-        }
-        None
-    }
-
     /// A frame that the session itself owes.
     fn session_frame(&mut self, now: Time, buf: &mut [u8]) -> Option<usize> {
         if let Some(token) = self.owed.pong.take() {
@@ -152,21 +132,6 @@ impl Session {
             }
         }
         None
-    }
-
-    fn hello(&self, ack: u64) -> Hello {
-        let (min_version, max_version) = self.config.versions;
-        Hello {
-            min_version,
-            max_version,
-            epoch: self.epoch,
-            ack,
-            features: if self.config.seal { SEAL } else { 0 },
-            max_frame: self.config.max_frame,
-            session_window: self.config.session_window,
-            max_streams: self.config.max_streams,
-            product: truncate(&self.config.product, MAX_PRODUCT_LEN).into(),
-        }
     }
 }
 

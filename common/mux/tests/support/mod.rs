@@ -281,3 +281,13 @@ pub(crate) fn reason(kind: u8, stream: u32, code: u16, text: &str) -> Vec<u8> {
 pub(crate) fn address(slot: u32, generation: u32) -> u32 {
     generation << 20 | slot
 }
+
+/// The frames with their HELLOs decoded to epoch and ack.
+pub(crate) fn acks(sent: &[Sent]) -> Vec<(u64, u64)> {
+    let word = |bytes: &[u8], at| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+    let hellos = sent.iter().filter_map(|sent| match sent {
+        Sent::Hello(bytes) => Some((word(bytes, 12), word(bytes, 20))),
+        _ => None,
+    });
+    hellos.collect()
+}
