@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::future::Future;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,8 +10,14 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 
+use support::log;
 use support::side::{Side, channel_error, serves_and_survives};
-use support::{connect, echo_server, echo_through, free_port, new_address, pattern, run};
+use support::{connect, echo_server, echo_through, free_port, new_address, pattern};
+
+fn run(test: impl Future<Output = ()>) {
+    log::collect();
+    support::run(test);
+}
 
 /// A path that nobody else uses.
 fn socket_path(name: &str) -> PathBuf {
@@ -186,6 +193,27 @@ fn a_monitors_socket_leads_to_the_guest() {
         .await;
     });
     std::fs::remove_file(front).unwrap();
+}
+
+#[test]
+fn what_stands_in_the_way_is_said_once() {
+    let path = socket_path("once");
+    let channel = format!("hvsock-connect:{}:9000", path.display());
+    run(async {
+        let _side = Side::start(&channel, &[]).await;
+        log::wait_for("there is no socket").await;
+        let listener = UnixListener::bind(&path).unwrap();
+        for _ in 0..4 {
+            drop(listener.accept().await.unwrap());
+        }
+        let (mut client, _) = listener.accept().await.unwrap();
+        client.write_all(b"OK 1\n").await.unwrap();
+        log::wait_for("the way is clear").await;
+        for obstacle in ["there is no socket", "nobody listens on vsock port 9000"] {
+            assert_eq!(log::count(obstacle), 1, "{obstacle}");
+        }
+    });
+    std::fs::remove_file(path).unwrap();
 }
 
 #[test]

@@ -46,10 +46,12 @@ impl Target {
                 .ok_or(io::ErrorKind::InvalidInput)?,
             plaintext: options.tls_creds.is_none().then(|| options.plaintext()),
         };
+        let mut local = false;
         if let Host::Ip(ip) = target.host {
             target.check(ip)?;
+            local = ip.to_canonical().is_loopback();
         }
-        if target.plaintext == Some(Plaintext::Implied) {
+        if target.plaintext == Some(Plaintext::Implied) && !local {
             warn!(channel = %spec, "not encrypted: whoever is on the way can read and change it (see --tls-creds)");
         }
         Ok(target)

@@ -19,13 +19,13 @@
 //! that a peer that stalls keeps nobody else out. The first that succeeds becomes the link.
 //!
 //! **Both ends learn of a refusal.** In TLS 1.3 who connects is done before who listens has looked at its certificate.
-//! So the connecting end waits for the first bytes of the session, which the listening end sends of its own accord, before
-//! it calls the link open; if it is refused, an alert comes in their place.
+//! So before it calls the link open, the connecting end waits a moment, [`VERDICT`], for the first bytes of the session,
+//! which the other end sends of its own accord; if it is refused, an alert comes in their place. Nothing comes when the
+//! other end is QEMU, and its guest is not up yet: then the link is open all the same.
 
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -56,6 +56,8 @@ use crate::spec::Host;
 
 /// How long a handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How long the other end may take to refuse who is done with the handshake.
+const VERDICT: Duration = Duration::from_secs(2);
 /// Handshakes that go on at once; more clients wait in the kernel's queue.
 const MAX_HANDSHAKES: usize = 16;
 
@@ -70,7 +72,11 @@ impl Connector {
     pub(super) fn new(dir: &Path, host: &Host) -> io::Result<Self> {
         let name = match host {
             Host::Ip(ip) => ServerName::IpAddress((*ip).into()),
-            Host::Name(name) => ServerName::try_from(name.clone()).map_err(io::Error::other)?,
+            Host::Name(name) => ServerName::try_from(name.clone()).map_err(|_| {
+                io::Error::other(format!(
+                    "{name} is no name that a certificate can be for: connect to another, or to an address"
+                ))
+            })?,
         };
         let creds = Credentials::read(dir, "client")?;
         let verifier = WebPkiServerVerifier::builder_with_provider(creds.roots, provider())
@@ -94,19 +100,25 @@ impl Connector {
     pub(super) async fn link(&self, socket: Socket) -> Attempt {
         let tls = ClientConnection::new(self.config.clone(), self.name.clone())
             .map_err(|error| Obstacle::Passing(error.to_string()))?;
-        // The first bytes of the session: see the module.
-        let taken = |handshaking: bool, plaintext| !handshaking && plaintext > 0;
-        match shake_hands(socket, tls.into(), taken).await {
+        match self.shake_hands(socket, tls.into()).await {
             Ok(done) => done.link(),
             Err(refusal) => Err(Obstacle::Passing(refusal)),
         }
+    }
+
+    async fn shake_hands(&self, socket: Socket, tls: Connection) -> Result<Handshake, String> {
+        let mut handshake = Handshake::over(socket, tls)?;
+        handshake.finish().await?;
+        let spoken = handshake.until(|_, plaintext| plaintext > 0);
+        timeout(VERDICT, spoken).await.unwrap_or(Ok(()))?;
+        Ok(handshake)
     }
 }
 
 /// What listens.
 pub(super) struct Listener {
     config: Arc<ServerConfig>,
-    handshakes: JoinSet<(Option<SocketAddr>, Result<Shaken, String>)>,
+    handshakes: JoinSet<(Option<SocketAddr>, Result<Handshake, String>)>,
     refusals: LogLimit,
 }
 
@@ -145,8 +157,11 @@ impl Listener {
                     let tls = ServerConnection::new(self.config.clone())
                         .map_err(|error| Obstacle::Passing(error.to_string()))?;
                     self.handshakes.spawn(async move {
-                        let taken = |handshaking: bool, _| !handshaking;
-                        (from.as_socket(), shake_hands(socket, tls.into(), taken).await)
+                        let shake_hands = async {
+                            let mut handshake = Handshake::over(socket, tls.into())?;
+                            handshake.finish().await.map(|()| handshake)
+                        };
+                        (from.as_socket(), shake_hands.await)
                     });
                 }
                 Some(ended) = self.handshakes.join_next() => match ended {
@@ -174,32 +189,45 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }
 
-/// A connection whose handshake is done.
-struct Shaken {
-    socket: OwnedFd,
+/// A connection that becomes a link.
+struct Handshake {
+    stream: TcpStream,
     tls: Connection,
 }
 
-impl Shaken {
-    fn link(self) -> Attempt {
-        match FdLink::new(self.socket) {
-            Ok(inner) => Ok(Box::new(TlsLink::new(inner, self.tls)) as Box<dyn Link>),
-            Err(error) => Err(Obstacle::Passing(format!("cannot use it: {error}"))),
-        }
-    }
-}
-
-/// Does the handshake over `socket`, until `taken` is content with whether it still goes on and how much plaintext has
-/// come.
-async fn shake_hands(
-    socket: Socket,
-    mut tls: Connection,
-    taken: impl Fn(bool, usize) -> bool,
-) -> Result<Shaken, String> {
-    let shake = async {
+impl Handshake {
+    fn over(socket: Socket, tls: Connection) -> Result<Self, String> {
         let stream = TcpStream::from_std(socket.into()).map_err(broken)?;
-        let mut io = Unblocked(&stream);
+        Ok(Handshake { stream, tls })
+    }
+
+    /// Does the handshake, in bounded time.
+    async fn finish(&mut self) -> Result<(), String> {
+        let finished = timeout(HANDSHAKE, self.until(|handshaking, _| !handshaking)).await;
+        finished.unwrap_or_else(|_| {
+            Err(format!(
+                "the other end has not finished the TLS handshake within {HANDSHAKE:?}: it does not speak TLS, or \
+                 serves another"
+            ))
+        })
+    }
+
+    /// Goes on until `done` is content with whether the handshake still goes on and how much plaintext has come.
+    async fn until(&mut self, done: impl Fn(bool, usize) -> bool) -> Result<(), String> {
+        let Handshake { stream, tls } = self;
+        let mut io = Unblocked(stream);
         loop {
+            let state = match tls.process_new_packets() {
+                Ok(state) => state,
+                Err(error) => {
+                    // Tells the other end why; a socket with no room for that is not worth waiting for.
+                    while tls.wants_write() && tls.write_tls(&mut io).is_ok() {}
+                    return Err(explain(&error));
+                }
+            };
+            if done(tls.is_handshaking(), state.plaintext_bytes_to_read()) {
+                return Ok(());
+            }
             while tls.wants_write() {
                 match tls.write_tls(&mut io) {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -211,29 +239,22 @@ async fn shake_hands(
             stream.readable().await.map_err(broken)?;
             match tls.read_tls(&mut io) {
                 Ok(0) => return Err(broken(io::ErrorKind::UnexpectedEof.into())),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 result => drop(result.map_err(broken)?),
             }
-            match tls.process_new_packets() {
-                Ok(state) if taken(tls.is_handshaking(), state.plaintext_bytes_to_read()) => {
-                    let socket = stream.into_std().map_err(broken)?.into();
-                    return Ok(Shaken { socket, tls });
-                }
-                Ok(_) => {}
-                Err(error) => {
-                    // Tells the other end why; a socket with no room for that is not worth waiting for.
-                    while tls.wants_write() && tls.write_tls(&mut io).is_ok() {}
-                    return Err(explain(&error));
-                }
-            }
         }
-    };
-    timeout(HANDSHAKE, shake).await.unwrap_or_else(|_| {
-        Err(format!(
-            "the other end has not finished the TLS handshake within {HANDSHAKE:?}: it does not speak TLS, or serves \
-             another"
-        ))
-    })
+    }
+
+    fn link(self) -> Attempt {
+        let open = || {
+            let socket = self.stream.into_std()?;
+            Ok(TlsLink::new(FdLink::new(socket.into())?, self.tls))
+        };
+        match open() {
+            Ok(link) => Ok(Box::new(link) as Box<dyn Link>),
+            Err(error) => Err(Obstacle::Passing(broken(error))),
+        }
+    }
 }
 
 fn broken(error: io::Error) -> String {

@@ -18,7 +18,7 @@ use virtproxy_engine::driver::Settings;
 use virtproxy_mux::Config;
 
 /// Nothing in these tests takes that long.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) fn settings() -> Settings {
     Settings {
