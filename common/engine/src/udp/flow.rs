@@ -36,14 +36,7 @@ impl Remote {
     fn send(&self, datagram: &[u8]) -> io::Result<()> {
         match self {
             Remote::Client(socket, client) => socket.send(client, datagram),
-            Remote::Target(socket) => match socket.send(datagram) {
-                // So an earlier datagram fared; this one was not sent.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    socket.send(datagram)
-                }
-                result => result,
-            }
-            .map(drop),
+            Remote::Target(socket) => socket.send(datagram).map(drop),
         }
     }
 }
@@ -143,5 +136,30 @@ impl Losses {
         if let Some(more) = self.limit.pass(Instant::now()) {
             debug!("{}: a datagram is lost: {why}{more}", self.service);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn the_rest_of_a_datagram_follows_without_another_one() {
+        let socket = UdpSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let (pipe, driver) = Pipe::pair().unwrap();
+        let mut flow = Flow::new(pipe, Remote::Target(socket));
+        let mut losses = Losses::new("x/udp");
+        for _ in 0..100 {
+            flow.put(&[7; 5000], &mut losses).unwrap();
+        }
+        let (mut bytes, mut buf) = (0, vec![0; 1000]);
+        let mut buffer = vec![0; super::super::pipe::BUFFER];
+        while let Ok(n) = (&driver).read(&mut buf) {
+            bytes += n;
+            flow.turn(&mut buffer, &mut losses).unwrap();
+        }
+        assert!((5002..20 * 5002).contains(&bytes), "{bytes} bytes");
+        assert_eq!(bytes % 5002, 0, "a datagram is cut off");
     }
 }

@@ -28,7 +28,7 @@
 //! time-out once as many questions were asked.
 //!
 //! **An unreachable target** (an ICMP error, seen as `ECONNREFUSED`) is no end: the flow goes on, and works once the target
-//! is there. The datagram that learns of an earlier one's error is sent again, so that it is not lost too.
+//! is there.
 
 mod bridge;
 mod clients;
