@@ -151,7 +151,7 @@ mod tests {
         let mut flow = Flow::new(pipe, Remote::Target(socket));
         let mut losses = Losses::new("x/udp");
         for _ in 0..100 {
-            flow.put(&[7; 5000], &mut losses).unwrap();
+            flow.put(&[7; 40_000], &mut losses).unwrap();
         }
         let (mut bytes, mut buf) = (0, vec![0; 1000]);
         let mut buffer = vec![0; super::super::pipe::BUFFER];
@@ -159,7 +159,7 @@ mod tests {
             bytes += n;
             flow.turn(&mut buffer, &mut losses).unwrap();
         }
-        assert!((5002..20 * 5002).contains(&bytes), "{bytes} bytes");
-        assert_eq!(bytes % 5002, 0, "a datagram is cut off");
+        assert!((1..10).contains(&(bytes / 40_002)), "{bytes} bytes");
+        assert_eq!(bytes % 40_002, 0, "a datagram is cut off");
     }
 }
