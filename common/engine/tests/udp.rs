@@ -434,9 +434,13 @@ fn an_unreachable_target_ends_nothing() {
         let out = [format!("x/udp:{address}")];
         let pair = pair(settings(), &out, &[format!("x/udp:{target}")]).await;
         let client = client_of(&address).await;
+        let flows = descriptors() + FLOW_DESCRIPTORS;
         client.send(b"into the void").await.unwrap();
-        sleep(Duration::from_millis(100)).await;
-        let flows = descriptors();
+        let start = Instant::now();
+        while descriptors() < flows {
+            assert!(start.elapsed() < SOON, "no flow is begun");
+            sleep(Duration::from_millis(5)).await;
+        }
         for _ in 0..20 {
             client.send(b"into the void").await.unwrap();
             sleep(Duration::from_millis(5)).await;
@@ -577,7 +581,7 @@ fn a_flood_does_not_block_a_stream() {
                 beside.1,
                 ratio(alone.1, beside.1),
             );
-            assert!(sent > 10_000, "{sent} datagrams are no flood");
+            assert!(sent > 2000, "{sent} datagrams are no flood");
             // The flood and both drivers share two cores; a stream that waits for datagrams would be slower by far.
             assert!(ratio(alone.0, beside.0) < 30.0 && ratio(alone.1, beside.1) < 30.0);
         }

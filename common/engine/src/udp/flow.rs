@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mio::event::Source;
 use mio::net::UdpSocket;
@@ -16,6 +16,9 @@ use crate::log_limit::LogLimit;
 
 /// Datagrams that a flow moves in one turn, each way.
 pub(super) const BATCH: usize = 32;
+
+/// How long no flow of a forward is begun after one was refused; and how long after its begin one may be.
+pub(super) const RETRY: Duration = Duration::from_secs(1);
 
 /// Who datagrams come from and go to.
 pub(super) enum Remote {
@@ -45,7 +48,9 @@ impl Remote {
 pub(super) struct Flow {
     pipe: Pipe,
     pub(super) remote: Remote,
-    pub(super) started: Instant,
+    started: Instant,
+    /// Whether the driver has given it a datagram.
+    heard: bool,
     /// When it last carried a datagram.
     pub(super) used: Instant,
     /// Whether it stands in the bridge's queue.
@@ -59,6 +64,7 @@ impl Flow {
             pipe,
             remote,
             started: now,
+            heard: false,
             used: now,
             queued: false,
         }
@@ -103,17 +109,23 @@ impl Flow {
                 }
             }
         }
-        let (remote, mut carried) = (&self.remote, false);
-        more |= self
-            .pipe
-            .take(buffer, BATCH, |datagram| match remote.send(datagram) {
+        let (remote, heard, mut carried) = (&self.remote, &mut self.heard, false);
+        more |= self.pipe.take(buffer, BATCH, |datagram| {
+            *heard = true;
+            match remote.send(datagram) {
                 Ok(()) => carried = true,
                 Err(error) => losses.note(&error),
-            })?;
+            }
+        })?;
         if carried {
             self.used = Instant::now();
         }
         Ok(more)
+    }
+
+    /// Whether, now that its stream has ended, it was most likely refused: that is so soon, and nothing came.
+    pub(super) fn was_refused(&self) -> bool {
+        !self.heard && self.started.elapsed() < RETRY
     }
 }
 
@@ -154,7 +166,7 @@ mod tests {
             flow.put(&[7; 40_000], &mut losses).unwrap();
         }
         let (mut bytes, mut buf) = (0, vec![0; 1000]);
-        let mut buffer = vec![0; super::super::pipe::BUFFER];
+        let mut buffer = vec![0; 1 << 16];
         while let Ok(n) = (&driver).read(&mut buf) {
             bytes += n;
             flow.turn(&mut buffer, &mut losses).unwrap();
