@@ -18,17 +18,17 @@ use tracing::debug;
 
 use super::Handle;
 use super::clients::{Client, ClientSocket};
-use super::flow::{BATCH, Flow, Losses, Remote};
-use super::pipe::{BUFFER, Pipe};
+use super::flow::{BATCH, Flow, Losses, RETRY, Remote};
+use super::pipe::Pipe;
 use crate::driver::sleep_until;
 use crate::edges::Edges;
 
 /// Flows of a forward; the one that was idle for longest makes room for another.
 const MAX_FLOWS: usize = 1024;
-/// How long no flow is begun after the driver has ended one that was younger than this.
-pub(super) const RETRY: Duration = Duration::from_secs(1);
 /// Turns before the other tasks of the thread have theirs.
 const TURNS: usize = 4;
+/// Room for any datagram.
+const BUFFER: usize = 1 << 16;
 /// Readiness events taken in one system call.
 const EVENTS: usize = 256;
 
@@ -277,11 +277,10 @@ impl Bridge {
 
     /// A flow was ended by the driver, or by what came from there.
     fn ended(&mut self, key: usize, error: &io::Error) {
-        let now = Instant::now();
         if let Door::Clients(clients) = &mut self.door
-            && now - self.flows[key].started < RETRY
+            && self.flows[key].was_refused()
         {
-            clients.held_until = Some(now + RETRY);
+            clients.held_until = Some(Instant::now() + RETRY);
         }
         match error.kind() {
             io::ErrorKind::UnexpectedEof => self.end(key, "its stream ended"),

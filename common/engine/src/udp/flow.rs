@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mio::event::Source;
 use mio::net::UdpSocket;
@@ -16,6 +16,9 @@ use crate::log_limit::LogLimit;
 
 /// Datagrams that a flow moves in one turn, each way.
 pub(super) const BATCH: usize = 32;
+
+/// How long no flow of a forward is begun after one was refused; and how long after its begin one may be.
+pub(super) const RETRY: Duration = Duration::from_secs(1);
 
 /// Who datagrams come from and go to.
 pub(super) enum Remote {
@@ -36,14 +39,7 @@ impl Remote {
     fn send(&self, datagram: &[u8]) -> io::Result<()> {
         match self {
             Remote::Client(socket, client) => socket.send(client, datagram),
-            Remote::Target(socket) => match socket.send(datagram) {
-                // So an earlier datagram fared; this one was not sent.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    socket.send(datagram)
-                }
-                result => result,
-            }
-            .map(drop),
+            Remote::Target(socket) => socket.send(datagram).map(drop),
         }
     }
 }
@@ -52,7 +48,9 @@ impl Remote {
 pub(super) struct Flow {
     pipe: Pipe,
     pub(super) remote: Remote,
-    pub(super) started: Instant,
+    started: Instant,
+    /// Whether the driver has given it a datagram.
+    heard: bool,
     /// When it last carried a datagram.
     pub(super) used: Instant,
     /// Whether it stands in the bridge's queue.
@@ -66,6 +64,7 @@ impl Flow {
             pipe,
             remote,
             started: now,
+            heard: false,
             used: now,
             queued: false,
         }
@@ -110,17 +109,23 @@ impl Flow {
                 }
             }
         }
-        let (remote, mut carried) = (&self.remote, false);
-        more |= self
-            .pipe
-            .take(buffer, BATCH, |datagram| match remote.send(datagram) {
+        let (remote, heard, mut carried) = (&self.remote, &mut self.heard, false);
+        more |= self.pipe.take(buffer, BATCH, |datagram| {
+            *heard = true;
+            match remote.send(datagram) {
                 Ok(()) => carried = true,
                 Err(error) => losses.note(&error),
-            })?;
+            }
+        })?;
         if carried {
             self.used = Instant::now();
         }
         Ok(more)
+    }
+
+    /// Whether, now that its stream has ended, it was most likely refused: that is so soon, and nothing came.
+    pub(super) fn was_refused(&self) -> bool {
+        !self.heard && self.started.elapsed() < RETRY
     }
 }
 
@@ -143,5 +148,30 @@ impl Losses {
         if let Some(more) = self.limit.pass(Instant::now()) {
             debug!("{}: a datagram is lost: {why}{more}", self.service);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn the_rest_of_a_datagram_follows_without_another_one() {
+        let socket = UdpSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let (pipe, driver) = Pipe::pair().unwrap();
+        let mut flow = Flow::new(pipe, Remote::Target(socket));
+        let mut losses = Losses::new("x/udp");
+        for _ in 0..100 {
+            flow.put(&[7; 40_000], &mut losses).unwrap();
+        }
+        let (mut bytes, mut buf) = (0, vec![0; 1000]);
+        let mut buffer = vec![0; 1 << 16];
+        while let Ok(n) = (&driver).read(&mut buf) {
+            bytes += n;
+            flow.turn(&mut buffer, &mut losses).unwrap();
+        }
+        assert!((1..10).contains(&(bytes / 40_002)), "{bytes} bytes");
+        assert_eq!(bytes % 40_002, 0, "a datagram is cut off");
     }
 }

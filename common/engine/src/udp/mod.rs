@@ -20,15 +20,15 @@
 //!
 //! **Flows end** when nothing was carried for `--udp-timeout` at either end; when their stream does (refused, reset, a new
 //! session); when another needs the place; and when the stream carries what cannot be a datagram. The client is not
-//! told, as UDP has no way to: its next datagram begins a new flow. A stream that ended soon after it was opened was most
-//! likely refused; the forward then begins no flow for [`bridge::RETRY`].
+//! told, as UDP has no way to: its next datagram begins a new flow. A stream that ended soon after it was opened, before
+//! anything came, was most likely refused; the forward then begins no flow for [`flow::RETRY`].
 //!
 //! **When there are too many flows** the one that was idle for longest makes room, at either end. A DNS client takes a new
 //! port for each question and never says that it is done, so refusing new flows would stop the service for the
 //! time-out once as many questions were asked.
 //!
 //! **An unreachable target** (an ICMP error, seen as `ECONNREFUSED`) is no end: the flow goes on, and works once the target
-//! is there. The datagram that learns of an earlier one's error is sent again, so that it is not lost too.
+//! is there.
 
 mod bridge;
 mod clients;
@@ -49,9 +49,9 @@ use bridge::{Bridge, Door};
 use clients::ClientSocket;
 use pipe::Pipe;
 
-/// New flows on their way between a bridge and its driver; a datagram that would begin one more is dropped at the `-o`
-/// end, and the connect waits at the `-i` end.
-const MAX_UNTAKEN: usize = 64;
+/// New flows on their way between a bridge and its driver, which is more than one of them begins before the other has its
+/// turn. A datagram that would begin one more is dropped at the `-o` end, and the connect waits at the `-i` end.
+const MAX_UNTAKEN: usize = 256;
 
 /// Where clients of `-o` send their datagrams; gives the driver a socket for each flow.
 #[derive(Debug)]

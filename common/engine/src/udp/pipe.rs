@@ -20,10 +20,6 @@ const FRAME_HEADER: usize = 2;
 
 /// Bytes that may wait for the driver, as SO_SNDBUF counts them; there may be the rest of one datagram more.
 const QUEUE: usize = 32 * 1024;
-/// Bytes read from the driver at once.
-const READ: usize = 32 * 1024;
-/// Room for bytes that were read, and for those kept before: less than a datagram.
-pub(super) const BUFFER: usize = READ + FRAME_HEADER + MAX_DATAGRAM;
 
 /// The bridge's end of a flow's pair of sockets.
 #[derive(Debug)]
@@ -31,8 +27,9 @@ pub(super) struct Pipe {
     stream: UnixStream,
     /// The rest of a datagram of which the stream took a part.
     unsent: Vec<u8>,
-    /// What was read and not yet taken.
+    /// What was read, whose first `taken` bytes are done with.
     received: Vec<u8>,
+    taken: usize,
 }
 
 impl Pipe {
@@ -44,6 +41,7 @@ impl Pipe {
             stream,
             unsent: Vec::new(),
             received: Vec::new(),
+            taken: 0,
         };
         Ok((pipe, driver))
     }
@@ -91,43 +89,42 @@ impl Pipe {
     }
 
     /// Hands up to `max` datagrams from the driver to `sink`; whether there may be more. An error ends the flow.
-    /// `buffer` has room for [`BUFFER`] bytes.
+    /// `buffer` is for bytes on their way, and of any size.
     pub(super) fn take(
         &mut self,
         buffer: &mut [u8],
         max: usize,
         mut sink: impl FnMut(&[u8]),
     ) -> io::Result<bool> {
-        let mut len = self.received.len();
-        buffer[..len].copy_from_slice(&self.received);
         let mut drained = false;
-        if split(&buffer[..len])?.is_none() {
-            match (&self.stream).read(&mut buffer[len..len + READ]) {
+        if first(&self.received[self.taken..])?.is_none() {
+            match (&self.stream).read(buffer) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => len += n,
+                Ok(n) => {
+                    self.received.drain(..std::mem::take(&mut self.taken));
+                    self.received.extend_from_slice(&buffer[..n]);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => drained = true,
                 Err(error) => return Err(error),
             }
         }
-        let mut rest = &buffer[..len];
         for _ in 0..max {
-            let Some((datagram, after)) = split(rest)? else {
+            let Some(datagram) = first(&self.received[self.taken..])? else {
                 break;
             };
             sink(datagram);
-            rest = after;
+            self.taken += FRAME_HEADER + datagram.len();
         }
-        self.received.clear();
-        self.received.extend_from_slice(rest);
-        if rest.is_empty() {
+        if self.taken == self.received.len() {
             self.received = Vec::new();
+            self.taken = 0;
         }
         Ok(!drained)
     }
 }
 
-/// The first datagram of `bytes` and what follows it, if all of it is there.
-fn split(bytes: &[u8]) -> io::Result<Option<(&[u8], &[u8])>> {
+/// The datagram that `bytes` begin with, if all of it is there.
+fn first(bytes: &[u8]) -> io::Result<Option<&[u8]>> {
     let Some((header, rest)) = bytes.split_first_chunk() else {
         return Ok(None);
     };
@@ -136,7 +133,7 @@ fn split(bytes: &[u8]) -> io::Result<Option<(&[u8], &[u8])>> {
         let what = format!("a datagram of {length} bytes, more than UDP can carry");
         return Err(io::Error::new(io::ErrorKind::InvalidData, what));
     }
-    Ok(rest.split_at_checked(length))
+    Ok(rest.get(..length))
 }
 
 #[cfg(test)]
@@ -144,7 +141,7 @@ mod tests {
     use super::*;
 
     fn take_all(pipe: &mut Pipe) -> Vec<Vec<u8>> {
-        let (mut buffer, mut all) = (vec![0; BUFFER], Vec::new());
+        let (mut buffer, mut all) = (vec![0; 1 << 16], Vec::new());
         while pipe
             .take(&mut buffer, 3, |datagram| all.push(datagram.to_vec()))
             .unwrap()
@@ -154,7 +151,7 @@ mod tests {
 
     #[test]
     fn boundaries_survive_any_cut() {
-        let datagrams: Vec<Vec<u8>> = [0, 1, 0, 0, 300, MAX_DATAGRAM, 2, MAX_DATAGRAM, 0]
+        let datagrams: Vec<Vec<u8>> = [0, 1, 0, 0, 300, MAX_DATAGRAM, 2, 9000, 0]
             .iter()
             .map(|len| vec![7; *len])
             .collect();
@@ -211,7 +208,7 @@ mod tests {
         let (mut pipe, driver) = Pipe::pair().unwrap();
         (&driver).write_all(&[2, 0, 1, 2, 0xf8, 0xff]).unwrap();
         let mut count = 0;
-        let result = pipe.take(&mut vec![0; BUFFER], 9, |_| count += 1);
+        let result = pipe.take(&mut vec![0; 1 << 16], 9, |_| count += 1);
         assert_eq!(result.unwrap_err().kind(), io::ErrorKind::InvalidData);
         assert_eq!(count, 1, "what came before it is sound");
     }
