@@ -339,7 +339,7 @@ impl Machine {
             Some(RESIZE) => port.owes.resize = false,
             Some(PORT_NAME) => port.owes.name = false,
             Some(DEVICE_REMOVE) => port.stage = Stage::Left,
-            _ => port.told_open = port.host_open && !std::mem::take(&mut port.owes.hang_up),
+            _ => port.told_open = !std::mem::take(&mut port.owes.hang_up) && port.host_open,
         }
     }
 }
@@ -541,6 +541,12 @@ mod tests {
             sent(&mut machine),
             [(0, PORT_OPEN, 0, vec![]), (0, PORT_OPEN, 1, vec![])]
         );
+        let gone = HostSide {
+            open: false,
+            blinked: true,
+        };
+        machine.set_host_side(0, gone);
+        assert_eq!(sent(&mut machine), [(0, PORT_OPEN, 0, vec![])]);
     }
 
     #[test]
