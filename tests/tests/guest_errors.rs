@@ -68,7 +68,7 @@ fn wrong_flags_and_taken_places_have_fixed_exit_codes() -> Result<()> {
     let holder = Daemon::start(&folder, &["-c".into(), channel.clone()])?;
     virtproxy_tests::scene::wait_for(SOON, || socket.exists())?;
     let free = format!("vhost-user:{}:-", folder.join("free.sock").display());
-    let cases: [(&[&str], i32, &[&str]); 13] = [
+    let cases: [(&[&str], i32, &[&str]); 15] = [
         (&[], 2, &["-c <METHOD:ADDR:PORT"]),
         (
             &["-c", "vhost-usr:/run/vp.sock:-"],
@@ -76,6 +76,16 @@ fn wrong_flags_and_taken_places_have_fixed_exit_codes() -> Result<()> {
             &["vhost-usr", "vhost-user"],
         ),
         (&["-c", "vhost-user"], 2, &["ADDR"]),
+        (
+            &["-c", &free, "-o", "dns/udp:/run/dns.sock:-"],
+            2,
+            &["dns.sock", "/udp", "write a host and a port"],
+        ),
+        (
+            &["-c", &free, "--udp-timeout=0"],
+            2,
+            &["--udp-timeout", "above 0"],
+        ),
         (
             &["-c", &free, "-o", "http:127.0.0.1"],
             2,
