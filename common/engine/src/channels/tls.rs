@@ -248,7 +248,9 @@ impl Handshake {
     fn link(self) -> Attempt {
         let open = || {
             let socket = self.stream.into_std()?;
-            Ok(TlsLink::new(FdLink::new(socket.into())?, self.tls))
+            // TLS loses nothing, but QEMU, should it be the other end, may lose what it has deciphered.
+            let inner = FdLink::new(socket.into())?.sealed();
+            Ok(TlsLink::new(inner, self.tls))
         };
         match open() {
             Ok(link) => Ok(Box::new(link) as Box<dyn Link>),

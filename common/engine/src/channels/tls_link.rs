@@ -16,7 +16,7 @@ use std::task::{Context, Poll};
 use rustls::Connection;
 
 use super::tls::explain;
-use crate::channel::{Link, Progress, Sink, Source};
+use crate::channel::{Link, Needs, Progress, Sink, Source};
 use crate::fd_link::{CHUNK, FdLink};
 use crate::segment::{Cursor, Segment};
 
@@ -47,6 +47,10 @@ impl TlsLink {
 }
 
 impl Link for TlsLink {
+    fn needs(&self) -> Needs {
+        self.inner.needs()
+    }
+
     fn min_room(&self) -> usize {
         ROOM
     }
