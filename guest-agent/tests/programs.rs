@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -235,6 +235,29 @@ fn a_file_is_no_channel() {
         assert_eq!(program.wait().code(), Some(4), "{path}");
         program.wait_for_log("is a file, over which nobody answers: connect a pipe or a socket");
     }
+}
+
+#[test]
+fn a_terminal_is_no_channel() {
+    let (mut master, mut terminal) = (-1, -1);
+    let null = std::ptr::null_mut();
+    // SAFETY: `openpty` fills in two descriptors, which are then owned here.
+    let (_master, terminal) = unsafe {
+        assert_eq!(
+            libc::openpty(
+                &raw mut master,
+                &raw mut terminal,
+                null,
+                null.cast(),
+                null.cast()
+            ),
+            0
+        );
+        (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(terminal))
+    };
+    let (mut program, _stdout) = over_stdio(terminal);
+    assert_eq!(program.wait().code(), Some(4));
+    program.wait_for_log("standard input is a terminal");
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod retrying;
 mod sockets;
 mod stdio;
 mod tcp;
+mod tcp_link;
 mod tls;
 mod tls_link;
 mod unix;

@@ -4,31 +4,25 @@
 //! and change everything, and whoever can connect is the other end; so only loopback addresses are taken, unless the
 //! user says otherwise. What counts is the address itself: after a name was resolved, before anything is sent.
 //!
-//! One link at a time: who connects meanwhile waits in the kernel's queue. A peer that vanished without a word (its
-//! machine lost power, its network changed) is noticed by [`watch_over`], so that its successor is let in.
+//! One link at a time: who connects meanwhile waits in the kernel's queue. A peer that vanished without a word is
+//! noticed (see [`super::tcp_link`]), so that its successor is let in.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
 
-use socket2::{SockAddr, Socket, TcpKeepalive};
+use socket2::{SockAddr, Socket};
 use tracing::{info, warn};
 
-use super::retrying::{Obstacle, Retrying};
+use super::retrying::{Attempt, Obstacle, Retrying};
 use super::sockets::{self, Acceptor};
-use super::{bare_link, boxed, tls};
+use super::tcp_link::TcpLink;
+use super::{boxed, tls};
 use crate::channel::Channel;
 use crate::driver::bind_cure;
 use crate::program::{Options, Plaintext};
 use crate::spec::{ChannelSpec, Host};
 
-/// After so long without a sign of life the kernel asks for one, and so often again.
-const ASK: Duration = Duration::from_secs(15);
-/// After so long without an answer a peer has vanished.
-const VANISHED: Duration = Duration::from_secs(60);
-
 /// Where to connect to or to listen.
-#[derive(Clone)]
 struct Target {
     host: Host,
     port: u16,
@@ -90,7 +84,7 @@ impl Target {
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for address in self.resolve().await? {
             match sockets::connect(&address).await {
-                Ok(socket) => return watch_over(socket),
+                Ok(socket) => return Ok(socket),
                 Err(error) => last = error,
             }
         }
@@ -124,16 +118,10 @@ impl Target {
     }
 }
 
-/// Small frames leave at once, and a peer that vanished is noticed.
-fn watch_over(socket: Socket) -> Result<Socket, Obstacle> {
-    let keepalive = TcpKeepalive::new().with_time(ASK).with_interval(ASK);
-    let set = || {
-        socket.set_tcp_nodelay(true)?;
-        socket.set_tcp_keepalive(&keepalive)?;
-        socket.set_tcp_user_timeout(Some(VANISHED))
-    };
-    match set() {
-        Ok(()) => Ok(socket),
+/// The link over `socket`, without TLS.
+fn plain_link(socket: Socket) -> Attempt {
+    match TcpLink::new(socket) {
+        Ok(link) => Ok(Box::new(link)),
         Err(error) => Err(Obstacle::Passing(format!("the connection broke: {error}"))),
     }
 }
@@ -149,7 +137,7 @@ pub(super) fn connect(spec: &ChannelSpec, options: &Options) -> io::Result<Box<d
         let socket = target.connect().await?;
         match &tls {
             Some(tls) => tls.link(socket).await,
-            None => bare_link(socket),
+            None => plain_link(socket),
         }
     }))
 }
@@ -169,13 +157,9 @@ pub(super) fn listen(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dy
             Some(acceptor) => acceptor,
             none => none.insert(target.listen(&name).await?),
         };
-        let accept = async || {
-            let (client, from) = acceptor.accept().await?;
-            Ok((watch_over(client)?, from))
-        };
         match &mut tls {
-            Some(tls) => tls.link(accept).await,
-            None => bare_link(accept().await?.0),
+            Some(tls) => tls.link(acceptor).await,
+            None => plain_link(acceptor.accept().await?.0),
         }
     }))
 }

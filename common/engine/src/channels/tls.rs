@@ -26,6 +26,7 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -41,16 +42,17 @@ use rustls::{
     AlertDescription, CertificateError, ClientConfig, ClientConnection, Connection, Error,
     RootCertStore, ServerConfig, ServerConnection,
 };
-use socket2::{SockAddr, Socket};
+use socket2::Socket;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::warn;
 
 use super::retrying::{Attempt, Obstacle};
+use super::sockets::Acceptor;
+use super::tcp_link::TcpLink;
 use super::tls_link::TlsLink;
 use crate::channel::Link;
-use crate::fd_link::FdLink;
 use crate::log_limit::LogLimit;
 use crate::spec::Host;
 
@@ -146,13 +148,10 @@ impl Listener {
     }
 
     /// The link to the first client that shows what it must.
-    pub(super) async fn link(
-        &mut self,
-        accept: impl AsyncFn() -> Result<(Socket, SockAddr), Obstacle>,
-    ) -> Attempt {
+    pub(super) async fn link(&mut self, acceptor: &Acceptor) -> Attempt {
         loop {
             tokio::select! {
-                client = accept(), if self.handshakes.len() < MAX_HANDSHAKES => {
+                client = acceptor.accept(), if self.handshakes.len() < MAX_HANDSHAKES => {
                     let (socket, from) = client?;
                     let tls = ServerConnection::new(self.config.clone())
                         .map_err(|error| Obstacle::Passing(error.to_string()))?;
@@ -248,7 +247,8 @@ impl Handshake {
     fn link(self) -> Attempt {
         let open = || {
             let socket = self.stream.into_std()?;
-            Ok(TlsLink::new(FdLink::new(socket.into())?, self.tls))
+            let inner = TcpLink::new(OwnedFd::from(socket).into())?;
+            Ok(TlsLink::new(inner, self.tls))
         };
         match open() {
             Ok(link) => Ok(Box::new(link) as Box<dyn Link>),

@@ -15,9 +15,10 @@ use std::task::{Context, Poll};
 
 use rustls::Connection;
 
+use super::tcp_link::TcpLink;
 use super::tls::explain;
-use crate::channel::{Link, Progress, Sink, Source};
-use crate::fd_link::{CHUNK, FdLink};
+use crate::channel::{Link, Needs, Progress, Sink, Source};
+use crate::fd_link::CHUNK;
 use crate::segment::{Cursor, Segment};
 
 /// Plaintext offered at once: two records, the second a little short, so that both fit into [`CHUNK`] with 22 bytes of
@@ -26,7 +27,7 @@ const ROOM: usize = CHUNK - 1024;
 
 /// See the [module](self).
 pub(super) struct TlsLink {
-    inner: FdLink,
+    inner: TcpLink,
     tls: Connection,
     /// What was deciphered of the present batch.
     inbound: Vec<u8>,
@@ -36,7 +37,7 @@ pub(super) struct TlsLink {
 
 impl TlsLink {
     /// The link over `inner`, whose handshake `tls` has done.
-    pub(super) fn new(inner: FdLink, tls: Connection) -> Self {
+    pub(super) fn new(inner: TcpLink, tls: Connection) -> Self {
         TlsLink {
             inner,
             tls,
@@ -47,6 +48,11 @@ impl TlsLink {
 }
 
 impl Link for TlsLink {
+    /// Sealed frames: TLS loses nothing, but QEMU, should it be the other end, may lose what it has deciphered.
+    fn needs(&self) -> Needs {
+        self.inner.needs()
+    }
+
     fn min_room(&self) -> usize {
         ROOM
     }
