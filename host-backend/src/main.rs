@@ -53,6 +53,7 @@ num_vqs=4,config_size=12,vq_size=1024
 /// The host end of virtproxy: a virtio console device for QEMU that joins sockets of this host to its guest.
 #[derive(Parser)]
 #[command(
+    name = "virtproxy",
     version,
     after_help = format!("{CHANNELS}\n\n{EXAMPLES}\n\n{EXIT_CODES}"),
     args_conflicts_with_subcommands = true,

@@ -492,6 +492,14 @@ fn a_paused_guest_does_not_keep_a_port_from_being_removed() {
 fn each_bad_command_is_answered_with_its_cure() {
     let path = socket_path();
     let program = Program::start(&[("p", Place::Listen(path.clone()))], 3);
+    let link = socket_path();
+    let port = format!("l=pty:{}", link.display());
+    program.add(&port).unwrap();
+    let error = program.add(&port.replace("l=", "m=")).unwrap_err();
+    let error = error.to_string();
+    assert!(error.contains("leads to port l already"), "{error}");
+    program.remove("l").unwrap();
+    assert!(fs::symlink_metadata(&link).is_err());
     for (port, part) in [
         ("p=pty", "there is a port \"p\" already"),
         ("org.virtproxy.0=pty", "already: name it otherwise"),

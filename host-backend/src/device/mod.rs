@@ -208,7 +208,7 @@ const FAREWELL: Duration = Duration::from_secs(1);
 ///
 /// The guest's kernel spins while it waits for a control message to be taken, and a program that closes its port sends
 /// one. With nobody to take it, the guest's processor would spin for ever. So the ports are removed first, which the
-/// guest is given [a moment](FAREWELL) to notice: without ports its kernel has nothing to say.
+/// guest is given a moment to notice: without ports its kernel has nothing to say.
 pub struct DeviceHandle {
     shared: Arc<Shared>,
     _server: Server,

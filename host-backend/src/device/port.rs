@@ -174,7 +174,7 @@ impl Cell {
 
     /// The guest opened the port.
     pub(super) fn guest_opened(&self) {
-        info!(port = *self.name(), "guest opened the port");
+        self.note("guest opened the port");
         self.change(|state| {
             state.close();
             state.sessions.open();
@@ -183,7 +183,7 @@ impl Cell {
 
     /// The guest closed the port. On return nothing more goes into the ring to it.
     pub(super) fn guest_closed(&self) {
-        info!(port = *self.name(), "guest closed the port");
+        self.note("guest closed the port");
         self.change(State::close);
     }
 
@@ -226,6 +226,13 @@ impl Cell {
             .rings
             .as_ref()
             .is_some_and(|rings| rings.from_guest.configured())
+    }
+
+    /// Tells of the guest's doings, not too often.
+    fn note(&self, what: &str) {
+        if let Some(held_back) = self.quiet.permit() {
+            info!(port = *self.name(), "{what}{held_back}");
+        }
     }
 
     /// Reports what the guest's driver did wrong, not too often.

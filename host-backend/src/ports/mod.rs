@@ -112,9 +112,22 @@ impl Ports {
 
     /// Joins `port` to its place from now on. To be called on a `LocalSet`.
     pub fn serve(&self, name: &str, place: Place, port: Port) -> Result<(), PortError> {
-        let door = open(name, &place)?;
+        let door = self.open(name, &place)?;
         self.start(name, place, door, port);
         Ok(())
+    }
+
+    fn open(&self, name: &str, place: &Place) -> Result<Door, PortError> {
+        // A link that a crash left behind is replaced, so it must not be one of ours that is in use.
+        let taken = |other: &Served| matches!(place, Place::Pty(Some(_))) && other.place == *place;
+        let door = match self.served.borrow().iter().find(|other| taken(other)) {
+            Some(other) => Err(io::Error::other(format!(
+                "the link leads to port {} already: name another path",
+                other.name
+            ))),
+            None => Door::open(place),
+        };
+        door.map_err(|error| PortError::Place(name.to_owned(), place.clone(), error))
     }
 
     fn start(&self, name: &str, place: Place, door: Door, port: Port) {
@@ -142,7 +155,7 @@ impl Ports {
             return Err(PortError::Stdio);
         }
         // The guest sees the port only when its place is open.
-        let door = open(&name, &place)?;
+        let door = self.open(&name, &place)?;
         let port = self.device.add(port_spec(&name))?;
         self.start(&name, place, door, port);
         Ok(self
@@ -204,10 +217,6 @@ impl Ports {
             other => Err(PortError::Unknown(other.to_owned())),
         }
     }
-}
-
-fn open(name: &str, place: &Place) -> Result<Door, PortError> {
-    Door::open(place).map_err(|error| PortError::Place(name.to_owned(), place.clone(), error))
 }
 
 impl Handler for Ports {

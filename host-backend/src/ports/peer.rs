@@ -7,13 +7,15 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Token};
 use tokio::net::UnixListener;
-use tokio::time::{Instant, Interval};
+use tokio::time::{Instant, Interval, sleep};
 use tracing::{info, warn};
 use virtproxy_engine::edges::Edges;
+use virtproxy_engine::log_limit::LogLimit;
 use virtproxy_engine::pauses::Pauses;
 use virtproxy_engine::segment::{Segment, readv, writev};
 use virtproxy_engine::unix_socket::{self, SocketFile};
@@ -23,6 +25,9 @@ use super::terminal::{self, Mode, Pty, Signals, looks};
 
 /// Clients of a UNIX socket that wait until it is their turn.
 const BACKLOG: i32 = 16;
+
+/// How long to wait when whoever comes cannot be served.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// A place, open for whoever comes.
 pub(super) enum Door {
@@ -82,14 +87,16 @@ impl Door {
     }
 
     /// Waits for the next peer. Cancel-safe.
-    pub(super) async fn next(&mut self, port: &str) -> Peer {
+    pub(super) async fn next(&mut self, port: &str, complaints: &mut LogLimit) -> Peer {
         loop {
             match self.attempt(port).await {
                 Ok(peer) => return peer,
                 // Out of descriptors, for instance; it may pass.
                 Err(error) => {
-                    warn!(port, "cannot serve: {error}");
-                    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                    if let Some(held_back) = complaints.pass(std::time::Instant::now()) {
+                        warn!(port, "cannot serve anybody: {error}{held_back}");
+                    }
+                    sleep(PAUSE).await;
                 }
             }
         }

@@ -21,7 +21,7 @@
 //! in time is dropped, as on a line that nobody listens to.
 //!
 //! A peer that has said all it has to (a half-closed socket) still gets answers; it is gone when it hangs up. What it
-//! said before is delivered first, if the guest is there.
+//! said before is delivered first, as fast as the guest reads it, if the guest has the port open.
 
 use std::future::poll_fn;
 use std::io;
@@ -109,6 +109,7 @@ impl Relay {
     async fn wait(&mut self) {
         let (port, link, pending) = (&mut self.port, &mut self.link, &mut self.pending);
         let (door, peer, name) = (&mut self.door, &mut self.peer, &self.name);
+        let complaints = &mut self.complaints;
         let came = peer.is_none();
         let watched = self.console && peer.as_ref().is_some_and(Peer::is_terminal);
         let guest = poll_fn(|cx| {
@@ -131,7 +132,7 @@ impl Relay {
         let host = async {
             match peer {
                 Some(peer) => poll_fn(|cx| peer.poll_ready(cx)).await,
-                None => *peer = Some(door.next(name).await),
+                None => *peer = Some(door.next(name, complaints).await),
             }
         };
         tokio::select! {
@@ -150,8 +151,8 @@ impl Relay {
     /// Does a bounded piece of everything; whether there may be more to do.
     fn turn(&mut self) -> bool {
         let mut moved = self.write_on();
-        moved |= self.from_guest();
-        moved |= self.to_guest();
+        moved |= self.carry_from_guest();
+        moved |= self.carry_to_guest();
         moved | self.part()
     }
 
@@ -208,7 +209,7 @@ impl Relay {
         moved
     }
 
-    fn from_guest(&mut self) -> bool {
+    fn carry_from_guest(&mut self) -> bool {
         let Some(link) = &mut self.link else {
             return false;
         };
@@ -238,7 +239,7 @@ impl Relay {
         }
     }
 
-    fn to_guest(&mut self) -> bool {
+    fn carry_to_guest(&mut self) -> bool {
         let (Some(link), Some(peer)) = (&mut self.link, &mut self.peer) else {
             return false;
         };

@@ -13,7 +13,7 @@
 //! This file knows lines and their bounds; what the requests mean is a [`Handler`]'s business, so each program adds its
 //! own. The socket is its owner's alone (mode 0600), so a client is trusted to command, but not to be well: each has a
 //! task of its own, which reads at most a [line](MAX_LINE), and ends if the client is silent or does not read for
-//! [`PATIENCE`]. Nobody waits for it but itself.
+//! a minute. Nobody waits for it but itself.
 
 mod client;
 mod request;
