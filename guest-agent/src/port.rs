@@ -21,9 +21,7 @@
 //! it wakes whoever waits for the port to be writable. The link's own epoll turns that into one wake-up
 //! (see [`virtproxy_engine::fd_link`]); a slow second look covers a driver that forgot to wake us.
 //!
-//! **Pauses.** Whatever fails is tried again after 50 ms, then 100, up to 1 s. A link that ended soon counts
-//! as a failure, so that a host that keeps hanging up does not keep us busy; but its pause counts from its
-//! beginning, so one that lived longer than that is followed at once. After [`STEADY`] the pauses start anew.
+//! **Pauses** between attempts are those of [`virtproxy_engine::pauses`].
 
 use std::fmt::Display;
 use std::fs::{self, OpenOptions};
@@ -34,22 +32,17 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 use virtproxy_engine::channel::{BoxFuture, Channel, Link};
 use virtproxy_engine::fd_link::FdLink;
+use virtproxy_engine::pauses::Pauses;
 use virtproxy_engine::spec::ChannelSpec;
 
 mod find;
 
 pub use find::Roots;
 use find::{NotFound, find, holder};
-
-/// A link that lived this long was a good one: the next is opened at once.
-pub const STEADY: Duration = Duration::from_secs(3);
-
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LAST_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long a port may refuse us before that is final: udev sets a new node's mode a moment after it is made.
 const DENIED_GRACE: Duration = Duration::from_secs(2);
@@ -82,7 +75,7 @@ impl PortChannel {
             name: spec.to_string(),
             addr: spec.addr.clone(),
             roots,
-            pauses: Pauses::new(),
+            pauses: Pauses::default(),
             opened: None,
             reported: None,
             denied_since: None,
@@ -268,48 +261,6 @@ impl Host {
             (true, true) => Host::Away,
             (true, false) => Host::Unplugged,
         }
-    }
-}
-
-/// How long to wait before the next attempt.
-struct Pauses {
-    next: Duration,
-    until: Option<Instant>,
-}
-
-impl Pauses {
-    fn new() -> Self {
-        Pauses {
-            next: FIRST_PAUSE,
-            until: None,
-        }
-    }
-
-    /// Waits out the current pause. Cancelled, it is still to be waited out.
-    async fn pass(&mut self) {
-        if let Some(until) = self.until {
-            sleep_until(until).await;
-            self.until = None;
-        }
-    }
-
-    /// An attempt failed.
-    fn lengthen(&mut self) {
-        self.lengthen_from(Instant::now());
-    }
-
-    /// What was opened then is closed now. The pause counts from the opening: what lived longer needs none.
-    fn ended(&mut self, opened: Instant) {
-        if opened.elapsed() >= STEADY {
-            *self = Self::new();
-        } else {
-            self.lengthen_from(opened);
-        }
-    }
-
-    fn lengthen_from(&mut self, start: Instant) {
-        self.until = Some(start + self.next);
-        self.next = LAST_PAUSE.min(self.next * 2);
     }
 }
 

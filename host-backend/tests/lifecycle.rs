@@ -9,6 +9,7 @@ use std::time::Duration;
 use frontend::guest::{PORT_OPEN, PORT_READY};
 use frontend::{Guest, Host, Pattern, Setup, connected, device, socket_path};
 use virtproxy_engine::channel::Progress;
+use virtproxy_engine::unix_socket::ListenError;
 use virtproxy_host::device::{Device, PortSpec, StartError};
 
 const SOON: Duration = Duration::from_millis(100);
@@ -373,11 +374,14 @@ fn one_path_one_device() {
     let (handle, _port) = device(&path);
     let specs = || vec![PortSpec::generic("x")];
     let second = Device::start(&path, specs());
-    assert!(matches!(second, Err(StartError::InUse(_))));
+    assert!(matches!(
+        second,
+        Err(StartError::Listen(ListenError::InUse(_)))
+    ));
     let guest = Guest::boot(&path, Setup::default());
     assert!(matches!(
         Device::start(&path, specs()),
-        Err(StartError::InUse(_))
+        Err(StartError::Listen(ListenError::InUse(_)))
     ));
     drop(guest);
     drop(handle);

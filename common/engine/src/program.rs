@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -29,14 +30,20 @@ Exit codes:
 /// The flags both programs share.
 #[derive(Args, Debug)]
 pub struct Options {
-    /// The channel to the other end
-    #[arg(short = 'c', value_name = "METHOD:ADDR:PORT[:ID]", required = true)]
+    /// A channel to the other end
+    #[arg(
+        short = 'c',
+        long = "channel",
+        value_name = "METHOD:ADDR:PORT[:ID]",
+        required = true
+    )]
     pub channels: Vec<ChannelSpec>,
 
     /// Listen at ADDR:PORT and forward each client to SERVICE of the other end; `-` as PORT makes ADDR the path of a
     /// UNIX socket
     #[arg(
         short = 'o',
+        long = "oforward",
         value_name = "SERVICE:ADDR:PORT[:ID]",
         value_parser = ForwardSpec::parse_listen
     )]
@@ -45,6 +52,7 @@ pub struct Options {
     /// Serve SERVICE to the other end by connecting to ADDR:PORT; `-` as PORT makes ADDR the path of a UNIX socket
     #[arg(
         short = 'i',
+        long = "iforward",
         value_name = "SERVICE:ADDR:PORT[:ID]",
         value_parser = ForwardSpec::parse_target
     )]
@@ -62,9 +70,49 @@ pub struct Options {
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds)]
     pub grace: Duration,
 
+    /// The directory of the certificates for tcp-connect and tcp-listen, by QEMU's names: ca-cert.pem, and
+    /// client-cert.pem with client-key.pem or server-cert.pem with server-key.pem
+    #[arg(long, value_name = "DIR")]
+    pub tls_creds: Option<PathBuf>,
+
+    /// Let tcp-connect and tcp-listen use other than loopback addresses without TLS: whoever is on the way can then
+    /// read and change everything
+    #[arg(long, conflicts_with = "tls_creds")]
+    pub insecure_plaintext: bool,
+
     /// Say more: -v each stream, -vv each hop of a byte (or set RUST_LOG)
     #[arg(short = 'v', long = "verbose", action = ArgAction::Count)]
     pub verbose: u8,
+}
+
+impl Options {
+    /// What may be said without encryption.
+    pub fn plaintext(&self) -> Plaintext {
+        if self.insecure_plaintext {
+            Plaintext::Allowed
+        } else if is_first_version() {
+            Plaintext::Implied
+        } else {
+            Plaintext::Loopback
+        }
+    }
+}
+
+/// What a channel over a network may do without TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plaintext {
+    /// Talk within this machine only.
+    Loopback,
+    /// Talk to any address, as the user said.
+    Allowed,
+    /// Talk to any address, as the first version did; worth a warning.
+    Implied,
+}
+
+/// Whether the program was started under the name of the first version, and so is to do what that did.
+fn is_first_version() -> bool {
+    let name = std::env::args_os().next();
+    name.is_some_and(|name| Path::new(&name).file_name() == Some("qemu-vp".as_ref()))
 }
 
 fn seconds(value: &str) -> Result<Duration, String> {
@@ -141,6 +189,8 @@ fn start_log(verbose: u8) {
         .with_env_filter(filter)
         .with_target(false)
         .with_writer(io::stderr)
+        // Standard error may be gone before the program, as when `ssh` ran it; to tell that there would be to panic.
+        .log_internal_errors(false)
         .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
         .init();
 }
@@ -216,6 +266,8 @@ fn forwards(
             Some(id) => channels
                 .iter()
                 .position(|channel| channel.id.as_ref() == Some(id))
+                // What a channel without an ID was called in the first version.
+                .or((id == "0").then_some(0))
                 .ok_or_else(|| {
                     Failure::Usage(format!(
                         "{flag} {forward}: no -c has the ID {id:?}: add :{id} to one, or leave it off here"

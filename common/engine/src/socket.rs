@@ -7,17 +7,19 @@
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
 
 use crate::spec::{Endpoint, Host};
+use crate::unix_socket::{self, SocketFile};
 
 /// How long to wait before a UNIX socket whose queue of connections is full is tried again.
 const UNIX_RETRY: Duration = Duration::from_millis(5);
+
+/// Clients of a UNIX socket that wait to be accepted; more are told to try again.
+const UNIX_BACKLOG: i32 = 1024;
 
 /// A connected stream socket.
 #[derive(Debug)]
@@ -95,7 +97,7 @@ impl AsFd for Socket {
 #[derive(Debug)]
 pub(crate) enum Listener {
     Tcp(mio::net::TcpListener),
-    Unix(mio::net::UnixListener, PathBuf),
+    Unix(SocketFile, mio::net::UnixListener),
 }
 
 impl Listener {
@@ -113,9 +115,10 @@ impl Listener {
                 Ok(Listener::Tcp(mio::net::TcpListener::bind(address)?))
             }
             Endpoint::Unix(path) => {
-                remove_stale(path)?;
-                let listener = mio::net::UnixListener::bind(path)?;
-                Ok(Listener::Unix(listener, path.clone()))
+                let (listener, file) = unix_socket::listen(path, UNIX_BACKLOG)?;
+                listener.set_nonblocking(true)?;
+                let listener = mio::net::UnixListener::from_std(listener);
+                Ok(Listener::Unix(file, listener))
             }
         }
     }
@@ -124,7 +127,7 @@ impl Listener {
     pub(crate) fn accept(&self) -> io::Result<Socket> {
         match self {
             Listener::Tcp(listener) => Ok(Socket::tcp(listener.accept()?.0)),
-            Listener::Unix(listener, _) => Ok(Socket::Unix(listener.accept()?.0)),
+            Listener::Unix(_, listener) => Ok(Socket::Unix(listener.accept()?.0)),
         }
     }
 
@@ -135,7 +138,7 @@ impl Listener {
                 Ok(address) => address.to_string(),
                 Err(error) => error.to_string(),
             },
-            Listener::Unix(_, path) => path.display().to_string(),
+            Listener::Unix(file, _) => file.path().display().to_string(),
         }
     }
 
@@ -143,30 +146,7 @@ impl Listener {
     pub(crate) fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
         match self {
             Listener::Tcp(listener) => listener.register(registry, token, Interest::READABLE),
-            Listener::Unix(listener, _) => listener.register(registry, token, Interest::READABLE),
+            Listener::Unix(_, listener) => listener.register(registry, token, Interest::READABLE),
         }
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Listener::Unix(_, path) = self {
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
-/// Removes the file of a UNIX socket that nobody listens on any more. Anything else is left alone, for `bind` to
-/// complain about.
-fn remove_stale(path: &Path) -> io::Result<()> {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-    if !is_socket {
-        return Ok(());
-    }
-    match std::os::unix::net::UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path)
-        }
-        _ => Ok(()),
     }
 }

@@ -1,76 +1,158 @@
 //! Terminals as plain byte pipes: raw mode, exclusive use, a line's speed.
 //!
-//! The mode of a terminal belongs to the device, not to the descriptor, and outlives it; so a [`Raw`] puts back on drop
+//! The mode of a terminal belongs to the device, not to the descriptor, and outlives it; so a [`TtyLink`] puts back on drop
 //! what it found. The calls are of `termios2` (asm-generic/termbits.h), which takes any speed as a plain number.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::task::{Context, Poll};
 
-/// A terminal in raw mode; its former mode is restored when this is dropped.
-#[derive(Debug)]
-pub struct Raw {
+use crate::channel::{Link, Needs, Progress, Sink, Source};
+use crate::fd_link::FdLink;
+
+/// The receiver of a serial line copes with a speed that is off by less than one in so many.
+const TOLERANCE: u32 = 33;
+
+/// A link over a terminal that is in raw mode for as long as the link lasts.
+pub struct TtyLink {
+    link: FdLink,
+    _mode: Raw,
+}
+
+/// Why a terminal cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TtyError {
+    /// Another program said that it is its own.
+    #[error("another program uses it")]
+    Busy,
+    /// The line cannot run at the speed asked for.
+    #[error(
+        "it cannot run at {asked} bits a second (but at {got}): choose a standard speed, such as 115200"
+    )]
+    Speed {
+        /// What was asked for.
+        asked: u32,
+        /// What the driver made of it.
+        got: u32,
+    },
+    /// What the system says.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl TtyLink {
+    /// Takes the terminal at `fd` for this program alone and puts it in raw mode. With a `speed` in bits a second it is a
+    /// serial line, whose hardware flow control is used where there is any.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime with I/O enabled.
+    pub fn new(fd: OwnedFd, speed: Option<u32>) -> Result<Self, TtyError> {
+        let mode = Raw::new(fd.try_clone()?, speed)?;
+        Ok(TtyLink {
+            link: FdLink::new(fd)?,
+            _mode: mode,
+        })
+    }
+
+    /// The same link, over which every frame is sealed.
+    #[must_use]
+    pub fn sealed(mut self) -> Self {
+        self.link = self.link.sealed();
+        self
+    }
+}
+
+impl Link for TtyLink {
+    fn needs(&self) -> Needs {
+        self.link.needs()
+    }
+
+    fn min_room(&self) -> usize {
+        self.link.min_room()
+    }
+
+    fn receive(&mut self, sink: &mut Sink<'_>) -> io::Result<Progress> {
+        self.link.receive(sink)
+    }
+
+    fn send(&mut self, source: &mut Source<'_>) -> io::Result<Progress> {
+        self.link.send(source)
+    }
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.link.poll_ready(cx)
+    }
+}
+
+/// A terminal in raw mode, with its former mode.
+struct Raw {
     fd: OwnedFd,
     former: libc::termios2,
 }
 
 impl Raw {
-    /// Puts the terminal at `fd` in raw mode: 8 bits, no echo, no signals, nothing translated, no modem control. With a
-    /// `speed` in bits a second it is a serial line, whose hardware flow control is used where there is any.
-    pub fn new(fd: BorrowedFd<'_>, speed: Option<u32>) -> io::Result<Self> {
-        let fd = fd.try_clone_to_owned()?;
+    fn new(fd: OwnedFd, speed: Option<u32>) -> Result<Self, TtyError> {
         let former = mode(&fd)?;
-        let mut raw = former;
-        raw.c_iflag = 0;
-        raw.c_oflag &= !libc::OPOST;
-        raw.c_lflag &= !(libc::ECHO | libc::ECHONL | libc::ICANON | libc::ISIG | libc::IEXTEN);
-        raw.c_cflag &= !(libc::CSIZE | libc::PARENB | libc::CSTOPB | libc::HUPCL);
-        raw.c_cflag |= libc::CS8 | libc::CREAD | libc::CLOCAL;
-        raw.c_cc[libc::VMIN] = 1;
-        raw.c_cc[libc::VTIME] = 0;
-        if let Some(speed) = speed {
-            raw.c_cflag &= !(libc::CBAUD | libc::CIBAUD);
-            raw.c_cflag |= libc::BOTHER | libc::CRTSCTS;
-            raw.c_ispeed = speed;
-            raw.c_ospeed = speed;
+        exclude_others(&fd)?;
+        // From here on, dropping it puts everything back.
+        let raw = Raw { fd, former };
+        set_mode(&raw.fd, &raw_mode(former, speed))?;
+        if let Some(asked) = speed {
+            let got = mode(&raw.fd)?.c_ospeed;
+            if got.abs_diff(asked) > asked / TOLERANCE {
+                return Err(TtyError::Speed { asked, got });
+            }
         }
-        let raw = Raw::set(fd, former, &raw)?;
         Ok(raw)
-    }
-
-    fn set(fd: OwnedFd, former: libc::termios2, mode: &libc::termios2) -> io::Result<Self> {
-        set_mode(&fd, mode)?;
-        Ok(Raw { fd, former })
-    }
-
-    /// The speed that the driver has set, in bits a second: the nearest it can.
-    pub fn speed(&self) -> io::Result<u32> {
-        Ok(mode(&self.fd)?.c_ospeed)
-    }
-
-    /// Throws away what came in and was not read.
-    pub fn discard_input(&self) -> io::Result<()> {
-        // SAFETY: TCFLSH takes a plain integer.
-        done(unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TCFLSH, libc::TCIFLUSH) })
-    }
-
-    /// Lets nobody else open it (but root): `TIOCEXCL`. Lasts until it is closed.
-    pub fn exclude_others(&self) -> io::Result<()> {
-        // SAFETY: TIOCEXCL takes no argument.
-        done(unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TIOCEXCL) })
     }
 }
 
 impl Drop for Raw {
     fn drop(&mut self) {
-        // What nobody has taken must not delay the end, and a terminal that is gone has no mode. TIOCNXCL: others may
-        // have it open, and so would keep it closed to everybody.
-        // SAFETY: plain ioctls on an open descriptor.
+        // What nobody has taken must not delay the end: the kernel would wait for half a minute.
+        // SAFETY: ioctls with plain integers or none, on an open descriptor.
         unsafe {
             libc::ioctl(self.fd.as_raw_fd(), libc::TCFLSH, libc::TCIOFLUSH);
             libc::ioctl(self.fd.as_raw_fd(), libc::TIOCNXCL);
         }
+        // A terminal that is gone has no mode.
         let _ = set_mode(&self.fd, &self.former);
     }
+}
+
+/// 8 bits, no echo, no signals, nothing translated, no modem control.
+fn raw_mode(former: libc::termios2, speed: Option<u32>) -> libc::termios2 {
+    let mut mode = former;
+    mode.c_iflag = 0;
+    mode.c_oflag &= !libc::OPOST;
+    mode.c_lflag &= !(libc::ECHO | libc::ECHONL | libc::ICANON | libc::ISIG | libc::IEXTEN);
+    mode.c_cflag &= !(libc::CSIZE | libc::PARENB | libc::CSTOPB | libc::HUPCL);
+    mode.c_cflag |= libc::CS8 | libc::CREAD | libc::CLOCAL;
+    mode.c_cc[libc::VMIN] = 1;
+    mode.c_cc[libc::VTIME] = 0;
+    if let Some(speed) = speed {
+        mode.c_cflag &= !(libc::CBAUD | libc::CIBAUD);
+        mode.c_cflag |= libc::BOTHER | libc::CRTSCTS;
+        mode.c_ispeed = speed;
+        mode.c_ospeed = speed;
+    }
+    mode
+}
+
+/// `TIOCEXCL` keeps others but root from opening it, the lock keeps another of us away.
+fn exclude_others(fd: &OwnedFd) -> Result<(), TtyError> {
+    // SAFETY: plain calls on an open descriptor.
+    if unsafe { libc::flock(fd.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+        let error = io::Error::last_os_error();
+        return Err(match error.kind() {
+            io::ErrorKind::WouldBlock => TtyError::Busy,
+            _ => error.into(),
+        });
+    }
+    // SAFETY: TIOCEXCL takes no argument.
+    Ok(done(unsafe {
+        libc::ioctl(fd.as_raw_fd(), libc::TIOCEXCL)
+    })?)
 }
 
 fn mode(fd: &OwnedFd) -> io::Result<libc::termios2> {

@@ -1,18 +1,18 @@
 //! Two drivers, joined by a socket pair, between real local sockets.
 
+mod support;
+
 use std::cell::RefCell;
 use std::fmt::Debug;
 use std::future::Future;
 use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Once;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::{mpsc, watch};
-use tokio::task::LocalSet;
 use tokio::time::timeout;
 use tracing::field::{Field, Visit};
 use tracing_subscriber::Layer;
@@ -21,9 +21,11 @@ use virtproxy_engine::channel::{BoxFuture, Channel, Link};
 use virtproxy_engine::driver::{Driver, Settings};
 use virtproxy_engine::fd_link::FdLink;
 use virtproxy_engine::spec::ForwardSpec;
-use virtproxy_mux::Config;
 
-const LIMIT: Duration = Duration::from_secs(20);
+use support::{
+    connect, echo_server, echo_through, ends_at_once, new_address, pattern, refused_at_once,
+    settings,
+};
 
 /// A channel whose links are handed in by the test.
 struct Handed(mpsc::UnboundedReceiver<StdUnixStream>);
@@ -40,15 +42,6 @@ impl Channel for Handed {
 
     fn name(&self) -> &str {
         "handed"
-    }
-}
-
-fn settings() -> Settings {
-    Settings {
-        connect_timeout: Duration::from_secs(5),
-        wait_for_peer: Duration::from_secs(5),
-        grace: Duration::from_millis(200),
-        session: Config::default(),
     }
 }
 
@@ -72,82 +65,16 @@ async fn end(settings: Settings, out: &[String], serve: &[String]) -> End {
     End { links, stop, done }
 }
 
+/// Every test of this file collects hops (see `collect_hops`).
+fn run(test: impl Future<Output = ()>) {
+    collect_hops();
+    support::run(test);
+}
+
 fn join(a: &End, b: &End) {
     let (x, y) = StdUnixStream::pair().unwrap();
     a.links.send(x).unwrap();
     b.links.send(y).unwrap();
-}
-
-fn run(test: impl Future<Output = ()>) {
-    collect_hops();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    LocalSet::new().block_on(&runtime, async {
-        timeout(LIMIT, test).await.expect("the test hangs");
-    });
-}
-
-/// An address that nobody else uses: each test process has a loopback network of its own.
-fn new_address() -> String {
-    static NEXT: AtomicU32 = AtomicU32::new(1);
-    let (process, n) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-    format!("127.{}.{}.{n}:4000", 1 + process % 250, process / 250 % 250)
-}
-
-/// A TCP server that echoes each client until end of file, then closes; its address.
-async fn echo_server() -> String {
-    let address = new_address();
-    let listener = TcpListener::bind(&address).await.unwrap();
-    tokio::task::spawn_local(async move {
-        while let Ok((mut client, _)) = listener.accept().await {
-            tokio::task::spawn_local(async move {
-                let (mut read, mut write) = client.split();
-                let _ = tokio::io::copy(&mut read, &mut write).await;
-            });
-        }
-    });
-    address
-}
-
-fn pattern(len: usize, seed: usize) -> Vec<u8> {
-    (0..len)
-        .map(|i| i.wrapping_mul(31).wrapping_add(seed).to_le_bytes()[1])
-        .collect()
-}
-
-async fn connect(address: &str) -> TcpStream {
-    TcpStream::connect(address).await.unwrap()
-}
-
-async fn echo_through(address: String, data: Vec<u8>) {
-    let (mut read, mut write) = connect(&address).await.into_split();
-    let sent = data.clone();
-    let writer = tokio::task::spawn_local(async move {
-        write.write_all(&sent).await.unwrap();
-        write.shutdown().await.unwrap();
-    });
-    let mut back = Vec::new();
-    read.read_to_end(&mut back).await.unwrap();
-    writer.await.unwrap();
-    assert!(back == data, "{} of {} bytes", back.len(), data.len());
-}
-
-/// A client that is refused sees an error or the end at once, perhaps already when it connects.
-async fn refused_at_once(address: &str) {
-    if let Ok(client) = TcpStream::connect(address).await {
-        ends_at_once(client).await;
-    }
-}
-
-/// A client whose stream was cut off sees an error or the end at once.
-async fn ends_at_once(mut client: TcpStream) {
-    let mut buf = [0; 16];
-    let result = timeout(Duration::from_secs(2), client.read(&mut buf))
-        .await
-        .expect("the client hangs");
-    assert!(matches!(result, Ok(0) | Err(_)));
 }
 
 #[test]

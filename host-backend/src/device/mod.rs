@@ -53,18 +53,17 @@ mod ring;
 mod server;
 mod sessions;
 mod signal;
-mod socket;
 mod to_guest;
 mod vring;
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-use virtproxy_engine::driver::bind_cure;
+use virtproxy_engine::unix_socket::ListenError;
 
 use control::Machine;
 use control_queue::Control;
@@ -112,26 +111,15 @@ pub enum PortKind {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// A live process listens on the path.
-    #[error("another program listens on {0}: end it, or name another path")]
-    InUse(PathBuf),
-    /// The path is taken by something that must not be removed.
-    #[error("{0} exists and is not a socket: remove it, or name another path")]
-    NotASocket(PathBuf),
+    /// The socket for QEMU cannot be made.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     /// The number of ports is wrong.
     #[error("a device has 1 to {MAX_PORTS} ports, not {0}")]
     Ports(usize),
     /// A port's name is wrong.
     #[error("port name {0:?}: 1 to 255 bytes are needed, and no '/', space or control character")]
     Name(String),
-    /// The socket cannot be made.
-    #[error("cannot listen on {path}: {source}{cure}", cure = bind_cure(source))]
-    Listen {
-        /// Where.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
     /// The system is out of something.
     #[error("cannot start the device: {0}")]
     System(#[from] io::Error),

@@ -12,18 +12,21 @@ use thiserror::Error;
 use tracing::{error, info, warn};
 use vhost::vhost_user::{self, Listener};
 use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserDaemon};
+use virtproxy_engine::unix_socket::{self, SocketFile};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::Backend;
-use super::socket::{self, SocketFile};
 use super::vring::Memory;
 use super::{Shared, StartError};
 
 /// How long to wait after a connection could not be served, in milliseconds: what there was too little of (file
 /// descriptors, threads) may come back.
 const PAUSE_MS: i32 = 500;
+
+/// Connections that wait while one is served.
+const BACKLOG: i32 = 16;
 
 /// The thread that serves the socket. Dropping it ends the thread and removes the socket.
 #[derive(Debug)]
@@ -34,7 +37,7 @@ pub(super) struct Server {
 
 impl Server {
     pub(super) fn start(path: &Path, shared: Arc<Shared>) -> Result<Self, StartError> {
-        let (listener, file) = socket::listen(path)?;
+        let (listener, file) = unix_socket::listen(path, BACKLOG)?;
         let stop = Arc::new(Stop {
             wanted: AtomicBool::new(false),
             wake: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,

@@ -1,4 +1,8 @@
-//! The socket that QEMU connects to: who may have the path, and who removes it.
+//! A listening UNIX socket: who may have the path, and who removes it.
+//!
+//! The file is made with mode 0600, so that only its owner can connect, and there is no moment when others could. A
+//! socket that nobody listens on any more (its program crashed) is replaced; one in use, and anything that is not a
+//! socket, is left alone. At the end the file is removed, unless another program's is in its place by then.
 
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -9,13 +13,50 @@ use std::path::{Path, PathBuf};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::StartError;
+use crate::driver::bind_cure;
+
+/// Why a path cannot be listened on.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// A live process listens there.
+    #[error("another program listens on {}: end it, or name another path", .0.display())]
+    InUse(PathBuf),
+    /// The path is taken by something that must not be removed.
+    #[error("{} exists and is not a socket: remove it, or name another path", .0.display())]
+    NotASocket(PathBuf),
+    /// The socket cannot be made.
+    #[error("cannot listen on {}: {source}{cure}", path.display(), cure = bind_cure(source))]
+    System {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl From<ListenError> for io::Error {
+    /// For who says the path and the cure itself.
+    fn from(error: ListenError) -> Self {
+        match error {
+            ListenError::System { source, .. } => source,
+            error => io::Error::other(error),
+        }
+    }
+}
 
 /// A socket file of ours, removed when dropped: before its socket, which keeps the inode from being another's.
-pub(super) struct SocketFile {
+#[derive(Debug)]
+pub struct SocketFile {
     path: PathBuf,
     /// Device and inode: somebody else's file at our path is not removed.
     identity: (u64, u64),
+}
+
+impl SocketFile {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
 }
 
 impl Drop for SocketFile {
@@ -26,17 +67,17 @@ impl Drop for SocketFile {
     }
 }
 
-/// Listens on `path`. A socket that nobody listens on any more is replaced, nothing else is.
-pub(super) fn listen(path: &Path) -> Result<(UnixListener, SocketFile), StartError> {
-    let failed = |source| StartError::Listen {
+/// Listens on `path`, with room for `backlog` clients that were not accepted yet. Drop the file before the listener.
+pub fn listen(path: &Path, backlog: i32) -> Result<(UnixListener, SocketFile), ListenError> {
+    let failed = |source| ListenError::System {
         path: path.to_owned(),
         source,
     };
-    let listener = match bind(path) {
+    let listener = match bind(path, backlog) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             check_stale(path)?;
             fs::remove_file(path).map_err(failed)?;
-            bind(path).map_err(failed)?
+            bind(path, backlog).map_err(failed)?
         }
         result => result.map_err(failed)?,
     };
@@ -49,7 +90,7 @@ pub(super) fn listen(path: &Path) -> Result<(UnixListener, SocketFile), StartErr
 
 /// Makes the socket file with mode 0600: Linux takes the mode of the file from that of the unbound socket, so that
 /// there is no moment when others could connect.
-fn bind(path: &Path) -> io::Result<UnixListener> {
+fn bind(path: &Path, backlog: i32) -> io::Result<UnixListener> {
     let file = File::from(OwnedFd::from(Socket::new(
         Domain::UNIX,
         Type::STREAM,
@@ -58,21 +99,21 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     file.set_permissions(Permissions::from_mode(0o600))?;
     let socket = Socket::from(OwnedFd::from(file));
     socket.bind(&SockAddr::unix(path)?)?;
-    socket.listen(16)?;
+    socket.listen(backlog)?;
     Ok(OwnedFd::from(socket).into())
 }
 
-fn check_stale(path: &Path) -> Result<(), StartError> {
+fn check_stale(path: &Path) -> Result<(), ListenError> {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
     if !is_socket {
-        return Err(StartError::NotASocket(path.to_owned()));
+        return Err(ListenError::NotASocket(path.to_owned()));
     }
     // A datagram socket cannot connect to a stream socket, so this asks without being noticed there: refused means
     // that no process holds the socket.
     let probe = UnixDatagram::unbound().and_then(|probe| probe.connect(path));
     match probe {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
-        _ => Err(StartError::InUse(path.to_owned())),
+        _ => Err(ListenError::InUse(path.to_owned())),
     }
 }
 
@@ -94,7 +135,7 @@ mod tests {
     #[test]
     fn the_file_is_private_and_removed_at_the_end() {
         let path = fresh("private");
-        let (_listener, file) = listen(&path).unwrap();
+        let (_listener, file) = listen(&path, 16).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         drop(file);
         assert!(!path.exists());
@@ -103,23 +144,23 @@ mod tests {
     #[test]
     fn a_live_socket_is_left_alone_and_a_stale_one_replaced() {
         let path = fresh("stale");
-        let (listener, file) = listen(&path).unwrap();
-        assert!(matches!(listen(&path), Err(StartError::InUse(_))));
+        let (listener, file) = listen(&path, 16).unwrap();
+        assert!(matches!(listen(&path, 16), Err(ListenError::InUse(_))));
         listener.set_nonblocking(true).unwrap();
         assert!(listener.accept().is_err(), "nobody was there");
         std::mem::forget(file);
         drop(listener);
         assert!(path.exists(), "as after a crash");
-        let _ = listen(&path).unwrap();
+        let _ = listen(&path, 16).unwrap();
         assert!(!path.exists());
     }
 
     #[test]
     fn a_file_that_took_the_place_of_ours_stays() {
         let path = fresh("replaced");
-        let (_first, file) = listen(&path).unwrap();
+        let (_first, file) = listen(&path, 16).unwrap();
         fs::remove_file(&path).unwrap();
-        let (_second, _other) = listen(&path).unwrap();
+        let (_second, _other) = listen(&path, 16).unwrap();
         drop(file);
         assert!(path.exists());
     }
@@ -128,7 +169,7 @@ mod tests {
     fn what_is_no_socket_is_left_alone() {
         let path = fresh("file");
         fs::write(&path, "precious").unwrap();
-        assert!(matches!(listen(&path), Err(StartError::NotASocket(_))));
+        assert!(matches!(listen(&path, 16), Err(ListenError::NotASocket(_))));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
         fs::remove_file(&path).unwrap();
     }

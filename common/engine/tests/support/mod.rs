@@ -1,0 +1,97 @@
+//! What the tests of drivers and channels share: a runtime with a time limit, an echo server and its clients.
+
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
+use std::future::Future;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::LocalSet;
+use tokio::time::timeout;
+use virtproxy_engine::driver::Settings;
+use virtproxy_mux::Config;
+
+/// Nothing in these tests takes that long.
+const LIMIT: Duration = Duration::from_secs(20);
+
+pub(crate) fn settings() -> Settings {
+    Settings {
+        connect_timeout: Duration::from_secs(5),
+        wait_for_peer: Duration::from_secs(5),
+        grace: Duration::from_millis(200),
+        session: Config::default(),
+    }
+}
+
+pub(crate) fn run(test: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    LocalSet::new().block_on(&runtime, async {
+        timeout(LIMIT, test).await.expect("the test hangs");
+    });
+}
+
+/// An address that nobody else uses: each test process has a loopback network of its own.
+pub(crate) fn new_address() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    let (process, n) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    format!("127.{}.{}.{n}:4000", 1 + process % 250, process / 250 % 250)
+}
+
+/// A TCP server that echoes each client until end of file, then closes; its address.
+pub(crate) async fn echo_server() -> String {
+    let address = new_address();
+    let listener = TcpListener::bind(&address).await.unwrap();
+    tokio::task::spawn_local(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            tokio::task::spawn_local(async move {
+                let (mut read, mut write) = client.split();
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+            });
+        }
+    });
+    address
+}
+
+pub(crate) fn pattern(len: usize, seed: usize) -> Vec<u8> {
+    (0..len)
+        .map(|i| i.wrapping_mul(31).wrapping_add(seed).to_le_bytes()[1])
+        .collect()
+}
+
+pub(crate) async fn connect(address: &str) -> TcpStream {
+    TcpStream::connect(address).await.unwrap()
+}
+
+pub(crate) async fn echo_through(address: String, data: Vec<u8>) {
+    let (mut read, mut write) = connect(&address).await.into_split();
+    let sent = data.clone();
+    let writer = tokio::task::spawn_local(async move {
+        write.write_all(&sent).await.unwrap();
+        write.shutdown().await.unwrap();
+    });
+    let mut back = Vec::new();
+    read.read_to_end(&mut back).await.unwrap();
+    writer.await.unwrap();
+    assert!(back == data, "{} of {} bytes", back.len(), data.len());
+}
+
+/// A client that is refused sees an error or the end at once, perhaps already when it connects.
+pub(crate) async fn refused_at_once(address: &str) {
+    if let Ok(client) = TcpStream::connect(address).await {
+        ends_at_once(client).await;
+    }
+}
+
+/// A client whose stream was cut off sees an error or the end at once.
+pub(crate) async fn ends_at_once(mut client: TcpStream) {
+    let mut buf = [0; 16];
+    let result = timeout(Duration::from_secs(2), client.read(&mut buf))
+        .await
+        .expect("the client hangs");
+    assert!(matches!(result, Ok(0) | Err(_)));
+}
