@@ -169,6 +169,11 @@ impl Endpoint {
         self.open.is_some() && self.end.is_none()
     }
 
+    /// The incarnation at the other end, once both have heard each other.
+    pub fn peer(&self) -> Option<u64> {
+        self.open.as_ref().map(|joint| joint.peer)
+    }
+
     /// Why it is over, if it is.
     pub fn end(&self) -> Option<End> {
         self.end

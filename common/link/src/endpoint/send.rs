@@ -34,7 +34,7 @@ const MIN_PAYLOAD: usize = 64;
 /// Speed taken for a line whose speed neither end knows, in bits a second.
 const UNKNOWN_SPEED: u32 = 115_200;
 /// How often one frame may be seen to be lost, while others arrive, until the line counts as beyond repair.
-const MAX_LOSSES: u16 = 1000;
+const MAX_LOSSES: u16 = 200;
 /// Transmissions that may be unanswered before further ones get no number of their own, so that numbers stay clear.
 const MAX_UNSEEN: u8 = 100;
 
@@ -54,6 +54,17 @@ struct Frame {
     asked: bool,
     fate: Fate,
     losses: u16,
+}
+
+impl Frame {
+    /// Counts a loss.
+    fn lose(&mut self) -> Result<(), Violation> {
+        self.losses += 1;
+        match self.losses {
+            0..MAX_LOSSES => Ok(()),
+            _ => Err(Violation::Unrepairable),
+        }
+    }
 }
 
 pub(super) struct Sender {
@@ -222,7 +233,15 @@ impl Sender {
         self.frames.drain(..advance);
         self.base = ack.next;
         self.seen = ack.seen;
-        if progress {
+        if self.timeouts > 0 && !progress {
+            // The other end lives, so it is the line that lost what the timer sent again.
+            let oldest = self
+                .frames
+                .iter_mut()
+                .find(|frame| frame.fate != Fate::Arrived);
+            oldest.map_or(Ok(()), Frame::lose)?;
+        }
+        if progress || self.timeouts > 0 {
             self.timeouts = 0;
             self.timer = None;
         }
@@ -259,10 +278,7 @@ impl Sender {
             Fate::OnItsWay if passed => {
                 self.in_flight -= len;
                 frame.fate = Fate::Lost;
-                frame.losses += 1;
-                if frame.losses > MAX_LOSSES {
-                    return Err(Violation::Unrepairable);
-                }
+                frame.lose()?;
                 self.lost += 1;
                 self.payload = (self.payload - self.payload / 4).max(MIN_PAYLOAD);
                 self.shrink();
