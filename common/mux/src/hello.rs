@@ -90,6 +90,17 @@ impl Hello {
         out
     }
 
+    /// The first sound handshake that lies in `bytes`, whatever is before it.
+    pub fn find(bytes: &[u8]) -> Option<Self> {
+        let starts = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(&MAGIC));
+        starts
+            .map(|at| Self::parse(&bytes[at..]))
+            .find_map(|parse| match parse {
+                Parse::Whole(hello) => Some(hello),
+                Parse::Partial | Parse::Garbage => None,
+            })
+    }
+
     /// Reads a handshake from the front of `bytes`.
     pub(crate) fn parse(bytes: &[u8]) -> Parse {
         let seen = bytes.len().min(MAGIC.len());

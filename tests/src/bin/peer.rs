@@ -5,13 +5,16 @@
 //! * `peer stall ADDRESS SECONDS`: asks for a flood and reads nothing.
 //! * `peer full ADDRESS`: listens and accepts nobody, with a queue that is full: connecting to it hangs.
 //! * `peer hold PORT-DEVICE SECONDS`: opens the port, says so, and does nothing with it.
+//! * `peer line DEVICE SECONDS in|out|both`: reads from a serial line in raw mode, writes to it, or both, and prints how many
+//!   bytes came in, and in how many microseconds.
 //! * `peer other-version PORT-DEVICE`: opens the port and greets with protocol version 9 only.
 
+use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use virtproxy_mux::Hello;
@@ -40,8 +43,9 @@ fn main() -> Result<()> {
             std::thread::sleep(Duration::from_secs(seconds.parse()?));
             Ok(())
         }
+        ["line", device, seconds, way] => line(device, Duration::from_secs(seconds.parse()?), way),
         ["other-version", device] => other_version(device),
-        _ => bail!("usage: peer serve|download|upload|echo|stall|full|hold|other-version ..."),
+        _ => bail!("usage: peer serve|download|upload|echo|stall|full|hold|line|other-version ..."),
     }
 }
 
@@ -64,11 +68,34 @@ fn full(address: &str) -> Result<()> {
 }
 
 fn open_port(device: &str) -> std::io::Result<std::fs::File> {
-    std::fs::OpenOptions::new()
+    OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(libc::O_NONBLOCK)
         .open(device)
+}
+
+/// The bare line, as fast as it goes.
+fn line(device: &str, time: Duration, way: &str) -> Result<()> {
+    let open = || OpenOptions::new().read(true).write(true).open(device);
+    let (mut reader, mut writer) = (open()?, open()?);
+    let end = Instant::now() + time;
+    if way != "in" {
+        std::thread::spawn(move || while writer.write_all(&[b'o'; 4096]).is_ok() {});
+    }
+    let (mut buf, mut count, mut first) = ([0; 4096], 0, None);
+    while way != "out" && Instant::now() < end {
+        let n = reader.read(&mut buf)?;
+        match first {
+            None => first = Some(Instant::now()),
+            Some(_) => count += n,
+        }
+    }
+    std::thread::sleep(end.saturating_duration_since(Instant::now()));
+    let elapsed = first.map_or(time, |first| first.elapsed());
+    println!("{count} {}", elapsed.as_micros());
+    // The writer hangs in a write; the process takes it along.
+    Ok(())
 }
 
 fn other_version(device: &str) -> Result<()> {

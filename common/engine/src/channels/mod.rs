@@ -1,9 +1,11 @@
 //! The channels that either end can have; each is a small file here. What belongs to one end alone (the device of the
 //! host, the virtio port of the guest) is with that end.
 
+mod detect;
 mod exec;
 mod hvsock;
 mod retrying;
+mod serial;
 mod sockets;
 mod stdio;
 mod tcp;
@@ -20,14 +22,15 @@ use crate::channel::{Channel, Link};
 use crate::fd_link::FdLink;
 use crate::program::Options;
 use crate::spec::{ChannelSpec, Method};
+use detect::Detecting;
 use retrying::{Attempt, Obstacle};
 
 /// The channel that `spec` names, if its method is not one of the other program's own; `hint` then says what to use
 /// here. Within a tokio runtime.
 pub fn make(spec: &ChannelSpec, options: &Options, hint: &str) -> io::Result<Box<dyn Channel>> {
     match spec.method {
-        Method::UnixConnect => unix::connect(spec),
-        Method::UnixListen => unix::listen(spec),
+        Method::UnixConnect => Ok(Detecting::over(unix::connect(spec)?)),
+        Method::UnixListen => Ok(Detecting::over(unix::listen(spec)?)),
         Method::TcpConnect => tcp::connect(spec, options),
         Method::TcpListen => tcp::listen(spec, options),
         Method::VsockConnect => vsock::connect(spec),
@@ -35,7 +38,8 @@ pub fn make(spec: &ChannelSpec, options: &Options, hint: &str) -> io::Result<Box
         Method::HvsockConnect => hvsock::connect(spec),
         Method::Stdio => stdio::open(spec),
         Method::Exec => exec::open(spec),
-        Method::IsaSerialOpen | Method::VhostUser | Method::VirtserialOpen => {
+        Method::IsaSerialOpen => serial::open(spec),
+        Method::VhostUser | Method::VirtserialOpen => {
             Err(io::Error::new(io::ErrorKind::Unsupported, hint))
         }
     }
