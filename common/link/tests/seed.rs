@@ -129,8 +129,8 @@ impl End {
                         self.session.blocked(stream);
                         continue;
                     }
-                    let header: [u8; HEADER_LEN] = self.session.sent(stream, n);
-                    out.extend(header);
+                    let envelope = self.session.sent(stream, n);
+                    out.extend(envelope.header);
                     out.extend((self.sent..self.sent + n).map(pattern));
                     self.sent += n;
                 }

@@ -136,11 +136,18 @@ impl Driver {
                 reason,
                 text,
             } => {
-                let service = self.service_of(stream);
-                if reason == Reason::Cancelled || is_udp(service) {
-                    debug!(%stream, service, %reason, text, "reset by the other end");
+                let usual = reason == Reason::Cancelled || is_udp(self.service_of(stream));
+                let worth_telling = if usual {
+                    None
                 } else {
-                    info!(%stream, service, %reason, text, "reset by the other end");
+                    self.resets.pass(Instant::now())
+                };
+                let service = self.service_of(stream);
+                match worth_telling {
+                    Some(more) => {
+                        info!(%stream, service, %reason, text, "reset by the other end{more}");
+                    }
+                    None => debug!(%stream, service, %reason, text, "reset by the other end"),
                 }
                 self.remove_stream(stream, "reset by the other end");
             }

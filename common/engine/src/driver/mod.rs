@@ -147,6 +147,7 @@ pub struct Driver {
     /// The other end is there, but speaks no version that we speak.
     incompatible: bool,
     refusals: LogLimit,
+    resets: LogLimit,
 }
 
 /// An orderly end under way.
@@ -225,6 +226,7 @@ impl Driver {
             peer_silent: false,
             incompatible: false,
             refusals: LogLimit::default(),
+            resets: LogLimit::default(),
         })
     }
 
