@@ -9,7 +9,7 @@ use std::collections::HashMap;
 
 use virtproxy_link::sim::{Build, Faults, Line};
 use virtproxy_link::{Config, Endpoint, Time};
-use virtproxy_mux::frame::{HEADER_LEN, MAX_CONTROL_FRAME};
+use virtproxy_mux::frame::MAX_CONTROL_FRAME;
 use virtproxy_mux::{Config as MuxConfig, Event, Session, StreamId, Transmit};
 
 /// Bytes each way.
