@@ -431,6 +431,7 @@ fn ports_come_and_go_a_thousand_times() {
             going.recv().unwrap();
             let removed = admin::call(&admin, &remove).unwrap();
             assert_eq!(removed["let_go"], true);
+            going.recv().unwrap();
         }
     });
     for round in 0..1000 {
@@ -455,8 +456,10 @@ fn ports_come_and_go_a_thousand_times() {
         }
         guest.heard.clear();
         go.send(()).unwrap();
-        guest.wait_control("the port was removed", |guest| !guest.ports[index].added);
-        assert!(guest.heard.iter().any(|m| m.event == DEVICE_REMOVE));
+        guest.wait_control("the port was removed", |guest| {
+            guest.heard.iter().any(|m| m.event == DEVICE_REMOVE)
+        });
+        assert!(!guest.ports[index].added);
         // A rogue or a belated word about it.
         if round % 10 == 0 {
             let id = u32::try_from(index).unwrap();
@@ -464,6 +467,7 @@ fn ports_come_and_go_a_thousand_times() {
                 guest.control(id, event, value);
             }
         }
+        go.send(()).unwrap();
     }
     commander.join().unwrap();
     assert_eq!(program.list()["ports"].as_array().unwrap().len(), 0);

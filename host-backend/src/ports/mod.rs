@@ -1,6 +1,6 @@
 //! Ports beside the mux: the device is a whole virtio-console, so it also serves programs that know nothing of us.
 //!
-//! Each such port joins a character device of the guest to a [`Place`] on the host, by a [`relay`] in a task of its
+//! Each such port joins a character device of the guest to a [`Place`] on the host, by a relay in a task of its
 //! own on the engine's thread. Ports are made at the start and, through the admin socket, at any time later.
 
 mod peer;
