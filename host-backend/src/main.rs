@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use virtproxy_engine::channel::{BoxFuture, Channel, Link};
 use virtproxy_engine::channels;
-use virtproxy_engine::program::{self, EXIT_CODES, Options};
+use virtproxy_engine::program::{self, CHANNELS, EXIT_CODES, Options};
 use virtproxy_engine::spec::{ChannelSpec, Method};
 use virtproxy_host::device::{Device, DeviceHandle, Port, PortSpec};
 
@@ -34,7 +34,7 @@ num_vqs=4,config_size=12,vq_size=1024
 
 /// The host end of virtproxy: a virtio console device for QEMU that joins sockets of this host to its guest.
 #[derive(Parser)]
-#[command(version, after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
+#[command(version, after_help = format!("{CHANNELS}\n\n{EXAMPLES}\n\n{EXIT_CODES}"))]
 struct Cli {
     #[command(flatten)]
     options: Options,

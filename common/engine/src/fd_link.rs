@@ -150,6 +150,13 @@ impl FdLink {
     }
 }
 
+impl AsFd for FdLink {
+    /// What is read.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl Link for FdLink {
     fn needs(&self) -> Needs {
         self.needs

@@ -21,16 +21,34 @@ use crate::spec::{ChannelSpec, ForwardSpec};
 /// How the programs exit, for `--help` and the manual.
 pub const EXIT_CODES: &str = "\
 Exit codes:
-  0  ended in order, on SIGTERM or SIGINT
+  0  ended in order, on SIGTERM or SIGINT, or with standard input
   1  the system refuses something every program needs
   2  bad flags
   3  an address of -o cannot be listened on
   4  a channel of -c cannot ever work";
 
+/// What `-c` may name, for `--help`.
+pub const CHANNELS: &str = "\
+Channels:
+  vhost-user:PATH:-           on the host: be the device, on the socket that QEMU
+                              connects to
+  virtserial-open:NAME:-      in the guest: a virtio port, by its name or path
+  isa-serial-open:PATH:SPEED  a serial line
+  unix-connect:PATH:-         a UNIX socket, such as that of a QEMU chardev
+  unix-listen:PATH:-          the same, the other way round
+  tcp-connect:HOST:PORT       TCP; with --tls-creds, mutual TLS 1.3
+  tcp-listen:HOST:PORT        the same, the other way round
+  vsock-connect:CID:PORT      AF_VSOCK; CID is a number, host or local
+  vsock-listen:CID:PORT       the same, the other way round; CID may be any
+  hvsock-connect:PATH:PORT    a guest's vsock port, through the UNIX socket of
+                              Firecracker, Cloud Hypervisor or vhost-device-vsock
+  stdio:-:-                   standard input and output
+  exec:COMMAND:-              those of a command, which is run by /bin/sh";
+
 /// The flags both programs share.
 #[derive(Args, Debug)]
 pub struct Options {
-    /// A channel to the other end
+    /// A channel to the other end, see below; may be repeated
     #[arg(
         short = 'c',
         long = "channel",

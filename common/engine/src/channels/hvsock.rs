@@ -40,7 +40,7 @@ pub(super) fn connect(spec: &ChannelSpec) -> io::Result<Box<dyn Channel>> {
             .map_err(|error| unix::refusal(&path, &error))?;
         match timeout(ANSWER, ask(socket, port)).await {
             Ok(Ok(connection)) => bare_link(connection),
-            Ok(Err(error)) => Err(Obstacle::Passing(error.to_string())),
+            Ok(Err(error)) => Err(Obstacle::Passing(refusal(port, &error))),
             Err(_) => Err(Obstacle::Passing(format!(
                 "the monitor has not answered within {ANSWER:?}"
             ))),
@@ -61,12 +61,9 @@ async fn ask(socket: Socket, port: u32) -> io::Result<OwnedFd> {
         stream.readable().await?;
         let mut byte = [0];
         match stream.try_read(&mut byte) {
-            Ok(0) => return Err(io::Error::other(hung_up(port))),
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) => answer.extend(byte),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                return Err(io::Error::other(hung_up(port)));
-            }
             Err(error) => return Err(error),
         }
     }
@@ -79,6 +76,13 @@ async fn ask(socket: Socket, port: u32) -> io::Result<OwnedFd> {
     )))
 }
 
-fn hung_up(port: u32) -> String {
-    format!("the monitor hung up: nobody listens on vsock port {port} of the guest")
+fn refusal(port: u32, error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof
+        | io::ErrorKind::ConnectionReset
+        | io::ErrorKind::BrokenPipe => {
+            format!("the monitor hung up: nobody listens on vsock port {port} of the guest")
+        }
+        _ => error.to_string(),
+    }
 }

@@ -9,6 +9,9 @@ mod serial;
 mod sockets;
 mod stdio;
 mod tcp;
+mod tcp_link;
+mod tls;
+mod tls_link;
 mod unix;
 mod vsock;
 

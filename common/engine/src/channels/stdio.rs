@@ -5,11 +5,11 @@
 //! their end is ours to tell. They cannot be opened a second time, so with the link the channel has ended too.
 //!
 //! A link's descriptors must not block, but that is a property of the *open file*, which a shell or `ssh` may share
-//! with us and does not expect to change. So a pipe or a terminal is opened anew, through `/proc`. A socket cannot be;
-//! it is as good as always ours alone, made by whoever started us.
+//! with us and does not expect to change. So a pipe is opened anew, through `/proc`. A socket cannot be; it is as good
+//! as always ours alone, made by whoever started us.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IsTerminal};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -69,13 +69,19 @@ fn take(fd: RawFd, what: &str) -> io::Result<OwnedFd> {
     if kind.is_file() || kind.is_dir() {
         return Err(unsuitable(what));
     }
-    let reopened = (kind.is_fifo() || kind.is_char_device()).then(|| {
+    if standard.is_terminal() {
+        return Err(io::Error::other(format!(
+            "standard {what} is a terminal, which changes what passes through it: connect a pipe or a socket to it (ssh \
+             without -t)"
+        )));
+    }
+    let reopened = kind.is_fifo().then(|| {
         let mut options = OpenOptions::new();
         match fd {
             libc::STDIN_FILENO => options.read(true),
             _ => options.write(true),
         };
-        options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+        options.custom_flags(libc::O_NONBLOCK);
         options.open(format!("/proc/self/fd/{fd}"))
     });
     let taken = match reopened {
