@@ -1,8 +1,8 @@
 //! Builds and runs the fuzz targets with the stable compiler.
 //!
 //! cargo-fuzz wants a nightly compiler for its address sanitizer. Coverage feedback alone needs none: LLVM's pass for
-//! it can be named on the command line, and the fuzzed crate forbids unsafe code, so what is looked for are panics,
-//! overflows and broken invariants. The corpus stays in the crate's own folder (not in the repository) and grows from
+//! it can be named on the command line, and the fuzzed crates forbid unsafe code, so what is looked for are panics,
+//! overflows and broken invariants. The corpus stays in each crate's own folder (not in the repository) and grows from
 //! run to run.
 
 use crate::steps::run as run_command;
@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use virtproxy_lab::spawn;
 
-const CRATE: &str = "common/mux/fuzz";
+const CRATES: &[&str] = &["common/mux/fuzz", "common/link/fuzz"];
 /// Named explicitly, so that build scripts and macros are built without instrumentation.
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 const FLAGS: &[&str] = &[
@@ -28,12 +28,21 @@ const FLAGS: &[&str] = &[
     "-Coverflow-checks=on",
 ];
 
-/// Runs each target for `seconds`. Gives the reason when there is none.
+/// Runs each target of each crate for `seconds`. Gives the reason when there is none.
 pub(crate) fn run(seconds: u32) -> Result<Option<String>> {
-    let folder = workspace::root().join(CRATE);
+    for name in CRATES {
+        if let Some(missing) = run_crate(name, seconds)? {
+            return Ok(Some(missing));
+        }
+    }
+    Ok(None)
+}
+
+fn run_crate(name: &str, seconds: u32) -> Result<Option<String>> {
+    let folder = workspace::root().join(name);
     let Ok(entries) = fs::read_dir(folder.join("fuzz_targets")) else {
         return Ok(Some(format!(
-            "{CRATE}/fuzz_targets is missing: NOTHING WAS FUZZED"
+            "{name}/fuzz_targets is missing: NOTHING IN IT WAS FUZZED"
         )));
     };
     let mut targets: Vec<String> = entries

@@ -138,8 +138,9 @@ pub struct Endpoint {
     owes_hello: bool,
     /// While nobody answers: when to say HELLO again, and the pause after that.
     next_hello: (Time, Time),
-    /// Noise is not answered before.
+    /// Noise is not answered before this, and when it will be, if there was any.
     quiet_until: Time,
+    noise_due: Option<Time>,
     noise: u64,
     body: Vec<u8>,
 }
@@ -159,6 +160,7 @@ impl Endpoint {
             owes_hello: false,
             next_hello: (0, HELLO_PAUSE.0),
             quiet_until: 0,
+            noise_due: None,
             noise: 0,
             body: Vec::with_capacity(MAX_BODY),
         }
@@ -258,9 +260,8 @@ impl Endpoint {
 
     fn on_noise(&mut self, now: Time) {
         self.noise += 1;
-        if self.is_open() && now >= self.quiet_until {
-            self.quiet_until = now + NOISE_PAUSE;
-            self.owes_hello = true;
+        if self.is_open() {
+            self.noise_due.get_or_insert(now.max(self.quiet_until));
         }
     }
 
@@ -289,6 +290,10 @@ impl Endpoint {
         if self.open.is_none() && self.next_hello.0 <= now {
             let pause = self.next_hello.1;
             self.next_hello = (now + pause, (2 * pause).min(HELLO_PAUSE.1));
+            self.owes_hello = true;
+        }
+        if self.noise_due.take_if(|due| *due <= now).is_some() {
+            self.quiet_until = now + NOISE_PAUSE;
             self.owes_hello = true;
         }
         if core::mem::take(&mut self.owes_hello) {
@@ -326,7 +331,7 @@ impl Endpoint {
         }
         match &self.open {
             None => Some(self.next_hello.0),
-            Some(joint) => [joint.sender.due(), joint.receiver.due()]
+            Some(joint) => [joint.sender.due(), joint.receiver.due(), self.noise_due]
                 .into_iter()
                 .flatten()
                 .min(),

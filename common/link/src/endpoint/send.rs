@@ -23,7 +23,7 @@ use crate::frame::{Ack, Data, MAX_FRAMES, MAX_PAYLOAD};
 /// The round trip that the window is steered to, in microseconds.
 const TARGET: Time = 50_000;
 /// The timer's bounds, and its start, in microseconds.
-const MIN_TIMEOUT: Time = 100_000;
+const MIN_TIMEOUT: Time = 50_000;
 const MAX_TIMEOUT: Time = 1_000_000;
 const FIRST_TIMEOUT: Time = 500_000;
 /// Bounds of the window, in bytes.
