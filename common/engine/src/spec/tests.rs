@@ -398,14 +398,6 @@ fn only_a_listener_may_leave_the_port_to_the_kernel() {
 }
 
 #[test]
-fn every_method_has_one_row() {
-    for row in METHODS {
-        assert_eq!(row.method.name(), row.name);
-        assert_eq!(row.name.parse(), Ok(row.method));
-    }
-}
-
-#[test]
 fn clap_puts_flag_and_value_before_the_message() {
     let error = clap::Command::new("virtproxy")
         .arg(
