@@ -21,12 +21,15 @@
 //! it wakes whoever waits for the port to be writable. The link's own epoll turns that into one wake-up
 //! (see [`virtproxy_engine::fd_link`]); a slow second look covers a driver that forgot to wake us.
 //!
+//! **A console** (`/dev/hvcN`: QEMU's `virtconsole`) is a terminal and not a port. It is put in raw mode and carries the
+//! same frames, but says nothing of the host's comings and goings: its frames are sealed, and it is not waited for.
+//!
 //! **Pauses** between attempts are those of [`virtproxy_engine::pauses`].
 
 use std::fmt::Display;
 use std::fs::{self, OpenOptions};
 use std::future::poll_fn;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -38,6 +41,7 @@ use virtproxy_engine::channel::{BoxFuture, Channel, Link};
 use virtproxy_engine::fd_link::FdLink;
 use virtproxy_engine::pauses::Pauses;
 use virtproxy_engine::spec::ChannelSpec;
+use virtproxy_engine::tty::{TtyError, TtyLink};
 
 mod find;
 
@@ -82,7 +86,7 @@ impl PortChannel {
         }
     }
 
-    async fn open_link(&mut self) -> io::Result<FdLink> {
+    async fn open_link(&mut self) -> io::Result<Box<dyn Link>> {
         loop {
             if let Some(opened) = self.opened.take() {
                 self.pauses.ended(opened);
@@ -98,17 +102,27 @@ impl PortChannel {
         }
     }
 
-    async fn attempt(&mut self) -> Result<FdLink, Obstacle> {
+    async fn attempt(&mut self) -> Result<Box<dyn Link>, Obstacle> {
         let node = find(&self.roots, &self.addr)?;
         let port = open_node(&node)?;
+        if port.is_terminal() {
+            let link = TtyLink::new(port, None);
+            let link = link.map_err(|error| Obstacle::from_terminal(&node, error))?;
+            self.has_opened(&node);
+            return Ok(Box::new(link.sealed()));
+        }
         let mut link = FdLink::new(port).map_err(|error| Obstacle::from_watch(&node, &error))?;
+        self.has_opened(&node);
+        self.wait_for_host(&mut link, &node).await?;
+        self.opened = Some(Instant::now());
+        Ok(Box::new(link))
+    }
+
+    fn has_opened(&mut self, node: &Path) {
         self.opened = Some(Instant::now());
         self.reported = None;
         self.denied_since = None;
         info!(channel = %self.name, node = %node.display(), "port opened");
-        self.wait_for_host(&mut link, &node).await?;
-        self.opened = Some(Instant::now());
-        Ok(link)
     }
 
     async fn wait_for_host(&self, link: &mut FdLink, node: &Path) -> Result<(), Obstacle> {
@@ -166,10 +180,7 @@ impl PortChannel {
 
 impl Channel for PortChannel {
     fn open(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Link>>> {
-        Box::pin(async {
-            let link = self.open_link().await?;
-            Ok(Box::new(link) as Box<dyn Link>)
-        })
+        Box::pin(self.open_link())
     }
 
     fn name(&self) -> &str {
@@ -212,8 +223,7 @@ enum Obstacle {
     Unplugged(PathBuf),
     /// `ENXIO` alone does not tell which of the two.
     #[error(
-        "{} has no port behind it: it was unplugged, or it is a console, which is /dev/hvcN instead \
-         (use a virtserialport, not a virtconsole)",
+        "{} has no port behind it: it was unplugged, or it is a console: name /dev/hvcN instead",
         .0.display()
     )]
     Hollow(PathBuf),
@@ -233,6 +243,14 @@ impl Obstacle {
                 node,
                 error: error.to_string(),
             },
+        }
+    }
+
+    fn from_terminal(node: &Path, error: TtyError) -> Self {
+        match error {
+            TtyError::Io(error) => Self::from_watch(node, &error),
+            TtyError::Busy => Obstacle::Busy(node.into()),
+            TtyError::Speed { .. } => Self::from_open(node, &io::Error::other(error)),
         }
     }
 

@@ -1,0 +1,148 @@
+//! The program itself: ports from its flags, its standard input and output as a port, and what it says to bad flags.
+
+mod frontend;
+
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use frontend::{Guest, Setup, socket_path};
+
+fn virtproxy() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_virtproxy"))
+}
+
+/// Ended when dropped, whatever happened.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn start(socket: &Path, flags: &[&str]) -> Running {
+    let child = virtproxy()
+        .args(["-c", &format!("vhost-user:{}:-", socket.display())])
+        .args(flags)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let end = Instant::now() + Duration::from_secs(20);
+    while !socket.exists() {
+        assert!(Instant::now() < end, "it does not listen");
+        thread::sleep(Duration::from_millis(2));
+    }
+    Running(child)
+}
+
+#[test]
+fn standard_input_and_output_are_a_place() {
+    let socket = socket_path();
+    let mut program = start(&socket, &["--port", "s=stdio"]);
+    let setup = Setup {
+        ports: 2,
+        ..Setup::default()
+    };
+    let mut guest = Guest::boot(&socket, setup);
+    guest.wait_host_connected(1, true);
+    guest.open(1);
+    let mut stdin = program.0.stdin.take().unwrap();
+    let mut stdout = program.0.stdout.take().unwrap();
+    stdin.write_all(b"typed").unwrap();
+    assert_eq!(guest.read(1, 5), b"typed");
+    // The end of the input is not the end of the output.
+    drop(stdin);
+    guest.write_all(1, b"printed");
+    let mut printed = [0; 7];
+    stdout.read_exact(&mut printed).unwrap();
+    assert_eq!(&printed, b"printed");
+    drop(stdout);
+    guest.wait_host_connected(1, false);
+}
+
+#[test]
+fn ports_are_added_listed_and_removed_by_command() {
+    let (socket, admin) = (socket_path(), socket_path());
+    let flags = ["--max-ports", "2", "--admin", admin.to_str().unwrap()];
+    let _program = start(&socket, &flags);
+    let port = |words: &[&str]| -> Output {
+        virtproxy()
+            .arg("port")
+            .args(words)
+            .arg("--admin")
+            .arg(&admin)
+            .output()
+            .unwrap()
+    };
+    let said = |output: Output| {
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let end = Instant::now() + Duration::from_secs(20);
+    while !admin.exists() {
+        assert!(Instant::now() < end, "there is no admin socket");
+        thread::sleep(Duration::from_millis(2));
+    }
+    let setup = Setup {
+        spare: 1,
+        ..Setup::default()
+    };
+    let mut guest = Guest::boot(&socket, setup);
+    assert!(said(port(&["add", "org.example.hot=pty"])).contains(" at /dev/pts/"));
+    guest.wait_control("the port came", |guest| {
+        guest.ports[1].name.as_deref() == Some(b"org.example.hot")
+    });
+    let list = said(port(&["list"]));
+    assert!(
+        list.starts_with("org.example.hot\tpty at /dev/pts/"),
+        "{list}"
+    );
+    let again = port(&["add", "org.example.hot=pty"]);
+    assert_eq!(again.status.code(), Some(1));
+    let error = String::from_utf8(again.stderr).unwrap();
+    assert!(error.contains("there is a port"), "{error}");
+    let removing = thread::scope(|threads| {
+        let removing = threads.spawn(|| said(port(&["remove", "org.example.hot"])));
+        guest.wait_control("the port went", |guest| !guest.ports[1].added);
+        removing.join().unwrap()
+    });
+    assert_eq!(removing, "removed org.example.hot\n");
+    assert_eq!(said(port(&["list"])), "");
+}
+
+#[test]
+fn bad_flags_end_with_code_2_and_a_line_that_names_them() {
+    let device = ["-c", "vhost-user:/nonexistent/vp.sock:-"];
+    for (flags, part) in [
+        (
+            &["--port", "a/b=pty"][..],
+            "'--port <NAME=PLACE>': NAME \"a/b\"",
+        ),
+        (
+            &["--port", "a=pty", "--port", "a=pty"],
+            "--port a=pty: there is",
+        ),
+        (
+            &["--port", "org.virtproxy.0=pty"],
+            "--port org.virtproxy.0=pty: ",
+        ),
+        (&["--port", "a=tcp:1"], "unknown PLACE \"tcp:1\""),
+        (
+            &["--console", "pty", "--console", "pty"],
+            "'--console <PLACE>'",
+        ),
+        (&["--max-ports", "0"], "'--max-ports <N>'"),
+    ] {
+        let output = virtproxy().args(device).args(flags).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{flags:?}: {error}");
+        let first = error.lines().next().unwrap();
+        assert!(first.contains(part), "{flags:?}: {error}");
+    }
+}
