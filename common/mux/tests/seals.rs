@@ -147,3 +147,31 @@ fn a_flood_of_questions_owes_one_lot_of_padding() {
     let padding: usize = bench.sent().iter().map(|sent| sent.bytes().len()).sum();
     assert!(padding < 65536 + 1024);
 }
+
+#[test]
+fn two_lost_answers_leave_nobody_waiting() {
+    let sealed = Config {
+        seal: true,
+        ..Config::default()
+    };
+    let (mut a, mut b) = (
+        Bench::seeking(sealed.clone()),
+        Bench::seeking(sealed.clone()),
+    );
+    b.session = Session::new(sealed, PEER);
+    let (to_b, to_a) = (a.sent(), b.sent());
+    b.feed(&to_b[0].bytes());
+    a.feed(&to_a[0].bytes());
+    assert_eq!(acks(&a.sent()), [(EPOCH, PEER)], "which is lost");
+    assert_eq!(acks(&b.sent()), [(PEER, EPOCH)], "which is lost");
+    a.session.ping();
+    b.feed(&a.sent()[0].bytes());
+    assert!(matches!(
+        a.feed(&b.sent()[0].bytes())[..],
+        [Event::Established(_)]
+    ));
+    // B has not heard that; when it asks, A sees that they must begin again.
+    b.session.ping();
+    let events = a.feed(&b.sent()[0].bytes());
+    assert_eq!(events, [Event::Ended(End::PeerRestarted)]);
+}

@@ -79,8 +79,11 @@ impl Session {
             .peer
             .as_ref()
             .is_none_or(|peer| peer.epoch != hello.epoch);
+        self.peer = Some(hello.clone());
         if hello.ack == 0 || for_us {
-            if self.answered != hello.epoch {
+            // Where our answer may have been lost, who asks again gets another one.
+            let again = hello.ack == 0 && self.is_sealed();
+            if self.answered != hello.epoch || again {
                 self.answered = hello.epoch;
                 self.owed.hello = Some(hello.epoch);
             }
@@ -91,7 +94,6 @@ impl Session {
             self.owed.hello = Some(0);
             self.owed.filler = hello.max_frame.min(MAX_PAYLOAD) as usize;
         }
-        self.peer = Some(hello.clone());
         if !compatible {
             if new {
                 self.events.push_back(Event::Incompatible(hello));
