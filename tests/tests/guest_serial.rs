@@ -1,7 +1,8 @@
 //! A 16550 serial line of a real guest: QEMU's model of the chip, its chardev socket, and the guest's own driver.
 //!
-//! The kernel's console is on the same line, so its messages come in between. Bare rounds (programs that read and write
-//! the line as it is) and rounds through the programs alternate in one boot, on one port: their ratio is what is looked at.
+//! The kernel's console is on the same line, so its messages come in between. A second port of the same kind stays bare:
+//! short rounds of programs that read and write it as it is alternate with rounds through ours, and the ratio of their sums
+//! is what is looked at. (Both ports share their interrupt with one that is idle.)
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -19,8 +20,8 @@ use virtproxy_tests::peer::{self, Caller, Pattern};
 use virtproxy_tests::scene::{Daemon, GUEST_PEER, SOON, new_address, program};
 
 /// How long each round is.
-const ROUND: Duration = Duration::from_secs(3);
-const ROUNDS: usize = 3;
+const ROUND: Duration = Duration::from_secs(1);
+const ROUNDS: usize = 8;
 
 /// The goal is 0.85 and more.
 const LEAST_SHARE: f64 = 0.85;
@@ -31,13 +32,15 @@ const STALL: Duration = Duration::from_secs(2);
 const STOPPED: Duration = Duration::from_secs(15);
 const BANNER: &str = "\\r\\nDebian GNU/Linux 13 guest ttyS2\\r\\n\\r\\nguest login: ";
 
-/// The third serial port of the guest.
+/// The port that the programs join, and the one that stays bare.
 const LINE: &str = "/dev/ttyS2";
+const BARE: &str = "/dev/ttyS3";
 
 struct Scene {
     guest: Guest,
     folder: PathBuf,
     socket: PathBuf,
+    bare: PathBuf,
     /// Where the guest's peer is reached on this host.
     peer: String,
     daemon: Option<Daemon>,
@@ -55,13 +58,19 @@ fn scene() -> MutexGuard<'static, Scene> {
 impl Scene {
     fn start() -> Result<Self> {
         let folder = temporary_folder()?;
-        let socket = folder.join("isa.sock");
+        let (socket, bare) = (folder.join("isa.sock"), folder.join("bare.sock"));
         let guest = Lab::get()?.boot(
             GuestOptions {
                 kernel_args: "console=ttyS2,115200".into(),
                 ..GuestOptions::default()
             }
             .device(isa_serial(&socket))
+            .device(vec![
+                "-chardev".into(),
+                format!("socket,id=bare,path={},server=on,wait=off", bare.display()),
+                "-serial".into(),
+                "chardev:bare".into(),
+            ])
             .agent(&program("virtproxy-agent"))
             .file(GuestFile::copy(program("peer"), "/usr/bin/peer")),
         )?;
@@ -72,6 +81,7 @@ impl Scene {
             guest,
             folder,
             socket,
+            bare,
             peer: new_address(),
             daemon: None,
         })
@@ -136,7 +146,8 @@ fn rate(bytes: usize, elapsed: Duration) -> f64 {
     bytes as f64 / 1e3 / elapsed.as_secs_f64()
 }
 
-/// Counts what comes from `stream`, from its first bytes on, until `end`: kB/s. It goes on reading until `stop`.
+/// Counts what comes from `stream`, from its first bytes on, until `end`: kB/s. It goes on reading until `stop`. Between
+/// reads it leaves the processor to QEMU, which would otherwise wake it for every single byte: so the line is at its best.
 fn count(mut stream: impl Read, end: Instant, stop: &AtomicBool) -> Result<f64> {
     let (mut buf, mut counted, mut start, mut figure) = (vec![0; 64 * 1024], 0, None, 0.0);
     while !stop.load(Ordering::Relaxed) {
@@ -145,6 +156,7 @@ fn count(mut stream: impl Read, end: Instant, stop: &AtomicBool) -> Result<f64> 
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => 0,
             Err(error) => return Err(error.into()),
         };
+        thread::sleep(Duration::from_micros(200));
         let now = Instant::now();
         if now < end {
             match start {
@@ -161,7 +173,7 @@ fn count(mut stream: impl Read, end: Instant, stop: &AtomicBool) -> Result<f64> 
 
 /// kB/s of the bare line, to the host and to the guest.
 fn bare(scene: &Scene, way: Way) -> Result<[f64; 2]> {
-    let host = UnixStream::connect(&scene.socket)?;
+    let host = UnixStream::connect(&scene.bare)?;
     host.set_read_timeout(Some(Duration::from_millis(100)))?;
     let stop = Arc::new(AtomicBool::new(false));
     let end = Instant::now() + ROUND;
@@ -179,7 +191,7 @@ fn bare(scene: &Scene, way: Way) -> Result<[f64; 2]> {
         Way::Both => "both",
     };
     let told = scene.guest.check(&format!(
-        "stty -F {LINE} raw -echo 115200 crtscts; peer line {LINE} {} {word}",
+        "stty -F {BARE} raw -echo 115200 crtscts; peer line {BARE} {} {word}",
         ROUND.as_secs()
     ))?;
     stop.store(true, Ordering::Relaxed);
@@ -236,31 +248,32 @@ fn through(scene: &Scene, [to_host, to_guest]: [f64; 2]) -> Result<f64> {
 #[ignore = "boots a guest: cargo xtask test"]
 fn goodput_is_most_of_what_the_bare_line_carries() -> Result<()> {
     let mut scene = scene();
+    scene.connect()?;
     let mut totals = [[0.0; 2]; WAYS.len()];
     for _ in 0..ROUNDS {
         for (way, total) in WAYS.iter().zip(&mut totals) {
             let rates = bare(&scene, *way)?;
-            scene.connect()?;
             let link = through(&scene, rates)?;
-            scene.disconnect()?;
             let bare: f64 = rates.iter().sum();
             println!("{way:?}: bare {bare:.0} kB/s, link {link:.0} kB/s");
             total[0] += bare;
             total[1] += link;
         }
     }
+    scene.disconnect()?;
+    let mut least = f64::INFINITY;
     for (way, [bare, link]) in WAYS.iter().zip(totals) {
-        let share = link / bare;
         println!(
             "{way:?}: the link's goodput is {:.0} % of the bare line's",
-            share * 100.0
+            link / bare * 100.0
         );
-        ensure!(
-            share >= LEAST_SHARE,
-            "{way:?}: goodput is only {:.0} %",
-            share * 100.0
-        );
+        least = least.min(link / bare);
     }
+    ensure!(
+        least >= LEAST_SHARE,
+        "goodput is only {:.0} %",
+        least * 100.0
+    );
     Ok(())
 }
 
