@@ -7,7 +7,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
@@ -41,6 +41,7 @@ struct Scene {
     folder: PathBuf,
     socket: PathBuf,
     bare: PathBuf,
+    console: PathBuf,
     /// Where the guest's peer is reached on this host.
     peer: String,
     daemon: Option<Daemon>,
@@ -59,6 +60,7 @@ impl Scene {
     fn start() -> Result<Self> {
         let folder = temporary_folder()?;
         let (socket, bare) = (folder.join("isa.sock"), folder.join("bare.sock"));
+        let console = folder.join("hvc.sock");
         let guest = Lab::get()?.boot(
             GuestOptions {
                 kernel_args: "console=ttyS2,115200".into(),
@@ -71,6 +73,17 @@ impl Scene {
                 "-serial".into(),
                 "chardev:bare".into(),
             ])
+            .device(vec![
+                "-device".into(),
+                "virtio-serial-pci".into(),
+                "-chardev".into(),
+                format!(
+                    "socket,id=hvc,path={},server=on,wait=off",
+                    console.display()
+                ),
+                "-device".into(),
+                "virtconsole,chardev=hvc".into(),
+            ])
             .agent(&program("virtproxy-agent"))
             .file(GuestFile::copy(program("peer"), "/usr/bin/peer")),
         )?;
@@ -82,31 +95,32 @@ impl Scene {
             folder,
             socket,
             bare,
+            console,
             peer: new_address(),
             daemon: None,
         })
     }
 
-    /// Starts both programs and waits for their session.
+    /// Starts both programs on the serial line and waits for their session.
     fn connect(&mut self) -> Result<()> {
-        self.start_agent()?;
-        self.start_daemon()
+        self.start_agent(&format!("isa-serial-open:{LINE}:115200"))?;
+        self.start_daemon(&self.socket.clone())
     }
 
-    fn start_agent(&self) -> Result<()> {
+    fn start_agent(&self, channel: &str) -> Result<()> {
         self.guest.check(&format!(
-            "setsid virtproxy-agent -v -c isa-serial-open:{LINE}:115200 -i peer:{GUEST_PEER} >>/tmp/agent.log 2>&1 &"
+            "setsid virtproxy-agent -v -c {channel} -i peer:{GUEST_PEER} >>/tmp/agent.log 2>&1 &"
         ))?;
         Ok(())
     }
 
-    fn start_daemon(&mut self) -> Result<()> {
+    fn start_daemon(&mut self, socket: &Path) -> Result<()> {
         let daemon = Daemon::start(
             &self.folder,
             &[
                 "-v".into(),
                 "-c".into(),
-                format!("unix-connect:{}:-", self.socket.display()),
+                format!("unix-connect:{}:-", socket.display()),
                 "-o".into(),
                 format!("peer:{}", self.peer),
             ],
@@ -412,6 +426,23 @@ fn a_host_end_that_was_stopped_goes_on() -> Result<()> {
     Ok(())
 }
 
+/// Kills and starts the agent, then the host end.
+fn restart_both(scene: &mut Scene, channel: &str, socket: &Path) -> Result<()> {
+    scene.guest.check("killall -9 virtproxy-agent")?;
+    let start = Instant::now();
+    scene.start_agent(channel)?;
+    let daemon = scene.daemon.as_ref().context("no daemon")?;
+    daemon.wait_log("session established", 2, 3 * SOON)?;
+    println!("a new agent after {:.2?}", start.elapsed());
+    Caller::new(&scene.peer)?.call(b"a new agent")?;
+
+    scene.daemon = None;
+    let start = Instant::now();
+    scene.start_daemon(socket)?;
+    println!("a new host end after {:.2?}", start.elapsed());
+    Ok(())
+}
+
 #[test]
 #[ignore = "boots a guest: cargo xtask test"]
 fn either_end_restarts_and_a_getty_was_there_before() -> Result<()> {
@@ -421,18 +452,28 @@ fn either_end_restarts_and_a_getty_was_there_before() -> Result<()> {
         LINE.trim_start_matches("/dev/")
     ))?;
     scene.connect()?;
-    scene.guest.check("killall -9 virtproxy-agent")?;
-    let start = Instant::now();
-    scene.start_agent()?;
-    let daemon = scene.daemon.as_ref().context("no daemon")?;
-    daemon.wait_log("session established", 2, 3 * SOON)?;
-    println!("a new agent after {:.2?}", start.elapsed());
-    Caller::new(&scene.peer)?.call(b"a new agent")?;
+    let socket = scene.socket.clone();
+    restart_both(
+        &mut scene,
+        &format!("isa-serial-open:{LINE}:115200"),
+        &socket,
+    )?;
+    scene.disconnect()?;
+    Ok(())
+}
 
-    scene.daemon = None;
+#[test]
+#[ignore = "boots a guest: cargo xtask test"]
+fn a_virtconsole_is_a_port_too() -> Result<()> {
+    const CHANNEL: &str = "virtserial-open:/dev/hvc0:-";
+    let mut scene = scene();
+    let socket = scene.console.clone();
+    scene.start_agent(CHANNEL)?;
+    scene.start_daemon(&socket)?;
     let start = Instant::now();
-    scene.start_daemon()?;
-    println!("a new host end after {:.2?}", start.elapsed());
+    peer::echo(&scene.peer, 1 << 20, 5)?;
+    println!("1 MiB both ways, SHA-256 equal, in {:.2?}", start.elapsed());
+    restart_both(&mut scene, CHANNEL, &socket)?;
     scene.disconnect()?;
     Ok(())
 }
