@@ -1,12 +1,13 @@
 //! A 16550 serial line of a real guest: QEMU's model of the chip, its chardev socket, and the guest's own driver.
 //!
-//! The kernel's console is on the same line, so its messages come in between. Bare rounds (programs that read and write
-//! the line as it is) and rounds through the programs alternate in one boot, on one port: their ratio is what is looked at.
+//! The kernel's console is on the same line, so its messages come in between. A second port of the same kind stays bare:
+//! short rounds of programs that read and write it as it is alternate with rounds through ours, and the ratio of their sums
+//! is what is looked at. (Both ports share their interrupt with one that is idle.)
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
@@ -19,8 +20,8 @@ use virtproxy_tests::peer::{self, Caller, Pattern};
 use virtproxy_tests::scene::{Daemon, GUEST_PEER, SOON, new_address, program};
 
 /// How long each round is.
-const ROUND: Duration = Duration::from_secs(3);
-const ROUNDS: usize = 3;
+const ROUND: Duration = Duration::from_secs(1);
+const ROUNDS: usize = 8;
 
 /// The goal is 0.85 and more.
 const LEAST_SHARE: f64 = 0.85;
@@ -31,13 +32,16 @@ const STALL: Duration = Duration::from_secs(2);
 const STOPPED: Duration = Duration::from_secs(15);
 const BANNER: &str = "\\r\\nDebian GNU/Linux 13 guest ttyS2\\r\\n\\r\\nguest login: ";
 
-/// The third serial port of the guest.
+/// The port that the programs join, and the one that stays bare.
 const LINE: &str = "/dev/ttyS2";
+const BARE: &str = "/dev/ttyS3";
 
 struct Scene {
     guest: Guest,
     folder: PathBuf,
     socket: PathBuf,
+    bare: PathBuf,
+    console: PathBuf,
     /// Where the guest's peer is reached on this host.
     peer: String,
     daemon: Option<Daemon>,
@@ -55,13 +59,31 @@ fn scene() -> MutexGuard<'static, Scene> {
 impl Scene {
     fn start() -> Result<Self> {
         let folder = temporary_folder()?;
-        let socket = folder.join("isa.sock");
+        let (socket, bare) = (folder.join("isa.sock"), folder.join("bare.sock"));
+        let console = folder.join("hvc.sock");
         let guest = Lab::get()?.boot(
             GuestOptions {
                 kernel_args: "console=ttyS2,115200".into(),
                 ..GuestOptions::default()
             }
             .device(isa_serial(&socket))
+            .device(vec![
+                "-chardev".into(),
+                format!("socket,id=bare,path={},server=on,wait=off", bare.display()),
+                "-serial".into(),
+                "chardev:bare".into(),
+            ])
+            .device(vec![
+                "-device".into(),
+                "virtio-serial-pci".into(),
+                "-chardev".into(),
+                format!(
+                    "socket,id=hvc,path={},server=on,wait=off",
+                    console.display()
+                ),
+                "-device".into(),
+                "virtconsole,chardev=hvc".into(),
+            ])
             .agent(&program("virtproxy-agent"))
             .file(GuestFile::copy(program("peer"), "/usr/bin/peer")),
         )?;
@@ -72,31 +94,33 @@ impl Scene {
             guest,
             folder,
             socket,
+            bare,
+            console,
             peer: new_address(),
             daemon: None,
         })
     }
 
-    /// Starts both programs and waits for their session.
+    /// Starts both programs on the serial line and waits for their session.
     fn connect(&mut self) -> Result<()> {
-        self.start_agent()?;
-        self.start_daemon()
+        self.start_agent(&format!("isa-serial-open:{LINE}:115200"))?;
+        self.start_daemon(&self.socket.clone())
     }
 
-    fn start_agent(&self) -> Result<()> {
+    fn start_agent(&self, channel: &str) -> Result<()> {
         self.guest.check(&format!(
-            "setsid virtproxy-agent -v -c isa-serial-open:{LINE}:115200 -i peer:{GUEST_PEER} >>/tmp/agent.log 2>&1 &"
+            "setsid virtproxy-agent -v -c {channel} -i peer:{GUEST_PEER} >>/tmp/agent.log 2>&1 &"
         ))?;
         Ok(())
     }
 
-    fn start_daemon(&mut self) -> Result<()> {
+    fn start_daemon(&mut self, socket: &Path) -> Result<()> {
         let daemon = Daemon::start(
             &self.folder,
             &[
                 "-v".into(),
                 "-c".into(),
-                format!("unix-connect:{}:-", self.socket.display()),
+                format!("unix-connect:{}:-", socket.display()),
                 "-o".into(),
                 format!("peer:{}", self.peer),
             ],
@@ -136,7 +160,8 @@ fn rate(bytes: usize, elapsed: Duration) -> f64 {
     bytes as f64 / 1e3 / elapsed.as_secs_f64()
 }
 
-/// Counts what comes from `stream`, from its first bytes on, until `end`: kB/s. It goes on reading until `stop`.
+/// Counts what comes from `stream`, from its first bytes on, until `end`: kB/s. It goes on reading until `stop`. Between
+/// reads it leaves the processor to QEMU, which would otherwise wake it for every single byte: so the line is at its best.
 fn count(mut stream: impl Read, end: Instant, stop: &AtomicBool) -> Result<f64> {
     let (mut buf, mut counted, mut start, mut figure) = (vec![0; 64 * 1024], 0, None, 0.0);
     while !stop.load(Ordering::Relaxed) {
@@ -145,6 +170,7 @@ fn count(mut stream: impl Read, end: Instant, stop: &AtomicBool) -> Result<f64> 
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => 0,
             Err(error) => return Err(error.into()),
         };
+        thread::sleep(Duration::from_micros(200));
         let now = Instant::now();
         if now < end {
             match start {
@@ -161,7 +187,7 @@ fn count(mut stream: impl Read, end: Instant, stop: &AtomicBool) -> Result<f64> 
 
 /// kB/s of the bare line, to the host and to the guest.
 fn bare(scene: &Scene, way: Way) -> Result<[f64; 2]> {
-    let host = UnixStream::connect(&scene.socket)?;
+    let host = UnixStream::connect(&scene.bare)?;
     host.set_read_timeout(Some(Duration::from_millis(100)))?;
     let stop = Arc::new(AtomicBool::new(false));
     let end = Instant::now() + ROUND;
@@ -179,7 +205,7 @@ fn bare(scene: &Scene, way: Way) -> Result<[f64; 2]> {
         Way::Both => "both",
     };
     let told = scene.guest.check(&format!(
-        "stty -F {LINE} raw -echo 115200 crtscts; peer line {LINE} {} {word}",
+        "stty -F {BARE} raw -echo 115200 crtscts; peer line {BARE} {} {word}",
         ROUND.as_secs()
     ))?;
     stop.store(true, Ordering::Relaxed);
@@ -236,31 +262,32 @@ fn through(scene: &Scene, [to_host, to_guest]: [f64; 2]) -> Result<f64> {
 #[ignore = "boots a guest: cargo xtask test"]
 fn goodput_is_most_of_what_the_bare_line_carries() -> Result<()> {
     let mut scene = scene();
+    scene.connect()?;
     let mut totals = [[0.0; 2]; WAYS.len()];
     for _ in 0..ROUNDS {
         for (way, total) in WAYS.iter().zip(&mut totals) {
             let rates = bare(&scene, *way)?;
-            scene.connect()?;
             let link = through(&scene, rates)?;
-            scene.disconnect()?;
             let bare: f64 = rates.iter().sum();
             println!("{way:?}: bare {bare:.0} kB/s, link {link:.0} kB/s");
             total[0] += bare;
             total[1] += link;
         }
     }
+    scene.disconnect()?;
+    let mut least = f64::INFINITY;
     for (way, [bare, link]) in WAYS.iter().zip(totals) {
-        let share = link / bare;
         println!(
             "{way:?}: the link's goodput is {:.0} % of the bare line's",
-            share * 100.0
+            link / bare * 100.0
         );
-        ensure!(
-            share >= LEAST_SHARE,
-            "{way:?}: goodput is only {:.0} %",
-            share * 100.0
-        );
+        least = least.min(link / bare);
     }
+    ensure!(
+        least >= LEAST_SHARE,
+        "goodput is only {:.0} %",
+        least * 100.0
+    );
     Ok(())
 }
 
@@ -399,6 +426,23 @@ fn a_host_end_that_was_stopped_goes_on() -> Result<()> {
     Ok(())
 }
 
+/// Kills and starts the agent, then the host end.
+fn restart_both(scene: &mut Scene, channel: &str, socket: &Path) -> Result<()> {
+    scene.guest.check("killall -9 virtproxy-agent")?;
+    let start = Instant::now();
+    scene.start_agent(channel)?;
+    let daemon = scene.daemon.as_ref().context("no daemon")?;
+    daemon.wait_log("session established", 2, 3 * SOON)?;
+    println!("a new agent after {:.2?}", start.elapsed());
+    Caller::new(&scene.peer)?.call(b"a new agent")?;
+
+    scene.daemon = None;
+    let start = Instant::now();
+    scene.start_daemon(socket)?;
+    println!("a new host end after {:.2?}", start.elapsed());
+    Ok(())
+}
+
 #[test]
 #[ignore = "boots a guest: cargo xtask test"]
 fn either_end_restarts_and_a_getty_was_there_before() -> Result<()> {
@@ -408,18 +452,28 @@ fn either_end_restarts_and_a_getty_was_there_before() -> Result<()> {
         LINE.trim_start_matches("/dev/")
     ))?;
     scene.connect()?;
-    scene.guest.check("killall -9 virtproxy-agent")?;
-    let start = Instant::now();
-    scene.start_agent()?;
-    let daemon = scene.daemon.as_ref().context("no daemon")?;
-    daemon.wait_log("session established", 2, 3 * SOON)?;
-    println!("a new agent after {:.2?}", start.elapsed());
-    Caller::new(&scene.peer)?.call(b"a new agent")?;
+    let socket = scene.socket.clone();
+    restart_both(
+        &mut scene,
+        &format!("isa-serial-open:{LINE}:115200"),
+        &socket,
+    )?;
+    scene.disconnect()?;
+    Ok(())
+}
 
-    scene.daemon = None;
+#[test]
+#[ignore = "boots a guest: cargo xtask test"]
+fn a_virtconsole_is_a_port_too() -> Result<()> {
+    const CHANNEL: &str = "virtserial-open:/dev/hvc0:-";
+    let mut scene = scene();
+    let socket = scene.console.clone();
+    scene.start_agent(CHANNEL)?;
+    scene.start_daemon(&socket)?;
     let start = Instant::now();
-    scene.start_daemon()?;
-    println!("a new host end after {:.2?}", start.elapsed());
+    peer::echo(&scene.peer, 1 << 20, 5)?;
+    println!("1 MiB both ways, SHA-256 equal, in {:.2?}", start.elapsed());
+    restart_both(&mut scene, CHANNEL, &socket)?;
     scene.disconnect()?;
     Ok(())
 }

@@ -27,9 +27,9 @@ const BURST: usize = 4096;
 /// What one frame may add to that, and all control bytes.
 const LONGEST_FRAME: usize = 640;
 /// Room offered to the session.
-const ROOM: usize = 2048;
-/// What a stream may send in one turn while others wait: 20 ms of a line of 100 kB/s.
-const TURN: u32 = 2048;
+const ROOM: usize = 1024;
+/// What a stream may send in one turn while others wait: 10 ms of a line of 100 kB/s.
+const TURN: u32 = 1024;
 
 /// See the [module](self).
 pub struct LossyLink {

@@ -21,5 +21,5 @@ pub mod frame;
 pub mod sim;
 
 pub use deframe::Deframer;
-pub use endpoint::{Config, End, Endpoint, Stats, Time};
+pub use endpoint::{Config, End, Endpoint, Stats, Time, Violation};
 pub use frame::Hello;
