@@ -4,6 +4,7 @@ mod cli;
 
 use std::io;
 use std::path::Path;
+use std::pin::pin;
 use std::process::ExitCode;
 use std::rc::Rc;
 
@@ -165,8 +166,10 @@ fn start_admin(path: &Path, ports: Rc<Ports>) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = tokio::net::UnixListener::from_std(listener)?;
     tokio::task::spawn_local(async move {
+        let server = pin!(admin::serve(listener, ports));
+        // Dropped before the socket.
         let _file = file;
-        admin::serve(listener, ports).await;
+        server.await;
     });
     Ok(())
 }
