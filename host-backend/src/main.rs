@@ -4,6 +4,7 @@ mod cli;
 
 use std::io;
 use std::path::Path;
+use std::pin::pin;
 use std::process::ExitCode;
 use std::rc::Rc;
 
@@ -126,7 +127,7 @@ impl MuxPort {
         let room = beside.room();
         let (device, ports) = Device::start(&spec.addr, specs, room).map_err(io::Error::other)?;
         info!(
-            "QEMU's -device line must say num_vqs={}, for up to {room} ports",
+            "{spec}: QEMU's -device line must say num_vqs={}, for up to {room} ports",
             device.queues()
         );
         let beside_mux = Rc::new(Ports::new(device, MUX_PORT));
@@ -165,8 +166,10 @@ fn start_admin(path: &Path, ports: Rc<Ports>) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = tokio::net::UnixListener::from_std(listener)?;
     tokio::task::spawn_local(async move {
+        let server = pin!(admin::serve(listener, ports));
+        // Dropped before the socket.
         let _file = file;
-        admin::serve(listener, ports).await;
+        server.await;
     });
     Ok(())
 }

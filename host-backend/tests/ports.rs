@@ -493,6 +493,41 @@ fn a_paused_guest_does_not_keep_a_port_from_being_removed() {
 }
 
 #[test]
+fn a_port_that_was_added_is_there_after_a_reboot_and_one_that_was_removed_is_not() {
+    let program = Program::start(&[("p", Place::Pty(None))], 3);
+    let mut guest = Guest::boot(&program.socket, setup(2, 1));
+    program.add("q=pty").unwrap();
+    guest.wait_control("the port was added", |guest| guest.ports[2].name.is_some());
+    guest.open(2);
+    // The guest reboots before it hears of the removal.
+    let removing = thread::scope(|threads| {
+        let removing = threads.spawn(|| program.remove("p").unwrap());
+        eventually("the port is removed", || {
+            program.list()["ports"].as_array().unwrap().len() == 1
+        });
+        guest.stop();
+        guest.start_anew();
+        guest.setup.ports = 0;
+        guest.probe();
+        while !removing.is_finished() {
+            guest.handle_control();
+            thread::yield_now();
+        }
+        removing.join().unwrap()
+    });
+    assert_eq!(removing["let_go"], true);
+    guest.wait_control("the ports are there again", |guest| {
+        guest.ports[0].name.is_some() && guest.ports[2].name.is_some()
+    });
+    assert!(!guest.ports[1].added);
+    guest.open(2);
+    let mut terminal = open_terminal(&program.terminal("q"));
+    guest.wait_host_connected(2, true);
+    terminal.write_all(b"on").unwrap();
+    assert_eq!(guest.read(2, 2), b"on");
+}
+
+#[test]
 fn each_bad_command_is_answered_with_its_cure() {
     let path = socket_path();
     let program = Program::start(&[("p", Place::Listen(path.clone()))], 3);

@@ -32,8 +32,9 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// A place, open for whoever comes.
 pub(super) enum Door {
     Listen {
-        listener: UnixListener,
+        /// Dropped before its socket.
         _file: SocketFile,
+        listener: UnixListener,
     },
     Connect {
         path: PathBuf,
@@ -59,8 +60,8 @@ impl Door {
                     unix_socket::listen(path, BACKLOG).map_err(io::Error::other)?;
                 listener.set_nonblocking(true)?;
                 Ok(Door::Listen {
-                    listener: UnixListener::from_std(listener)?,
                     _file: file,
+                    listener: UnixListener::from_std(listener)?,
                 })
             }
             Place::Connect(path) => Ok(Door::Connect {

@@ -1,0 +1,210 @@
+//! The protocol as a guest sees it.
+
+use super::*;
+
+fn message(id: u32, event: u16, value: u16) -> Vec<u8> {
+    [
+        &id.to_le_bytes()[..],
+        &event.to_le_bytes(),
+        &value.to_le_bytes(),
+    ]
+    .concat()
+}
+
+fn sent(machine: &mut Machine) -> Vec<(u32, u16, u16, Vec<u8>)> {
+    let (mut all, mut out) = (Vec::new(), Vec::new());
+    while machine.next_message(&mut out) {
+        machine.message_sent();
+        all.push((
+            u32::from_le_bytes(out[..4].try_into().unwrap()),
+            u16::from_le_bytes(out[4..6].try_into().unwrap()),
+            u16::from_le_bytes(out[6..8].try_into().unwrap()),
+            out[8..].to_vec(),
+        ));
+    }
+    all
+}
+
+fn host_open(machine: &mut Machine, slot: usize, open: bool) {
+    let blinked = false;
+    machine.set_host_side(slot, HostSide { open, blinked });
+}
+
+fn machine() -> Machine {
+    let console = PortKind::Console {
+        columns: 80,
+        rows: 25,
+    };
+    let specs = [
+        PortSpec::generic("org.example.0"),
+        PortSpec {
+            name: String::new(),
+            kind: console,
+            connected: true,
+        },
+    ];
+    let mut machine = Machine::new(&specs, 3);
+    host_open(&mut machine, 0, true);
+    machine
+}
+
+#[test]
+fn the_driver_is_led_through_the_handshake() {
+    let mut machine = machine();
+    assert!(sent(&mut machine).is_empty());
+    let started = machine.handle(&message(0, DEVICE_READY, 1));
+    assert_eq!(started, Ok(Some(Effect::Started)));
+    assert_eq!(
+        sent(&mut machine),
+        [(0, DEVICE_ADD, 0, vec![]), (1, DEVICE_ADD, 0, vec![])]
+    );
+    assert_eq!(machine.handle(&message(0, PORT_READY, 1)), Ok(None));
+    assert_eq!(
+        sent(&mut machine),
+        [
+            (0, PORT_NAME, 0, b"org.example.0".to_vec()),
+            (0, PORT_OPEN, 1, vec![])
+        ]
+    );
+    assert_eq!(machine.handle(&message(1, PORT_READY, 1)), Ok(None));
+    assert_eq!(
+        sent(&mut machine),
+        [
+            (1, CONSOLE_PORT, 1, vec![]),
+            (1, RESIZE, 0, vec![80, 0, 25, 0])
+        ]
+    );
+}
+
+#[test]
+fn opening_and_closing_have_effects_once() {
+    let mut machine = machine();
+    let open = message(0, PORT_OPEN, 1);
+    let close = message(0, PORT_OPEN, 0);
+    assert_eq!(
+        machine.handle(&open),
+        Ok(Some(Effect::Opened(0))),
+        "no PORT_READY before"
+    );
+    assert_eq!(machine.handle(&open), Ok(Some(Effect::Opened(0))));
+    assert_eq!(machine.handle(&close), Ok(Some(Effect::Closed(0))));
+    assert_eq!(machine.handle(&close), Ok(None));
+    machine.handle(&open).unwrap();
+    let ready = machine.handle(&message(0, PORT_READY, 1));
+    assert_eq!(ready, Ok(Some(Effect::Closed(0))), "set up anew");
+}
+
+#[test]
+fn the_host_side_is_told_by_level() {
+    let mut machine = machine();
+    machine.handle(&message(0, PORT_READY, 1)).unwrap();
+    sent(&mut machine);
+    host_open(&mut machine, 0, false);
+    host_open(&mut machine, 0, true);
+    assert!(
+        sent(&mut machine).is_empty(),
+        "nothing changed for the guest"
+    );
+    host_open(&mut machine, 0, false);
+    assert_eq!(sent(&mut machine), [(0, PORT_OPEN, 0, vec![])]);
+}
+
+#[test]
+fn a_moment_without_a_client_is_told() {
+    let mut machine = machine();
+    machine.handle(&message(0, PORT_READY, 1)).unwrap();
+    sent(&mut machine);
+    let blink = HostSide {
+        open: true,
+        blinked: true,
+    };
+    machine.set_host_side(0, blink);
+    assert_eq!(
+        sent(&mut machine),
+        [(0, PORT_OPEN, 0, vec![]), (0, PORT_OPEN, 1, vec![])]
+    );
+    let gone = HostSide {
+        open: false,
+        blinked: true,
+    };
+    machine.set_host_side(0, gone);
+    assert_eq!(sent(&mut machine), [(0, PORT_OPEN, 0, vec![])]);
+}
+
+#[test]
+fn a_port_comes_and_goes_and_its_slot_is_used_again_only_when_the_guest_has_let_go() {
+    let mut machine = machine();
+    machine.handle(&message(0, DEVICE_READY, 1)).unwrap();
+    sent(&mut machine);
+    let spec = PortSpec::generic("org.example.2");
+    assert_eq!(machine.add(spec.clone()), Some(2));
+    assert_eq!(machine.add(spec.clone()), None, "no room");
+    let early = machine.handle(&message(2, PORT_OPEN, 1));
+    assert_eq!(early, Err(Misuse::NotReady(2)));
+    assert_eq!(sent(&mut machine), [(2, DEVICE_ADD, 0, vec![])]);
+    machine.handle(&message(2, PORT_READY, 1)).unwrap();
+    machine.handle(&message(2, PORT_OPEN, 1)).unwrap();
+    sent(&mut machine);
+
+    machine.remove(2);
+    assert!(!machine.all_was_taken(), "it was not told yet");
+    assert_eq!(sent(&mut machine), [(2, DEVICE_REMOVE, 0, vec![])]);
+    assert_eq!(machine.handle(&message(2, PORT_OPEN, 0)), Ok(None));
+    assert_eq!(machine.add(spec.clone()), None);
+    assert!(machine.all_was_taken());
+    assert_eq!(
+        machine.handle(&message(2, PORT_OPEN, 1)),
+        Err(Misuse::NoSuchPort(2))
+    );
+    assert_eq!(machine.add(spec), Some(2));
+    machine.remove(2);
+    assert!(machine.is_vacant(2), "the guest never heard of it");
+    assert!(sent(&mut machine).is_empty());
+}
+
+#[test]
+fn another_size_is_told_to_who_knows_the_console() {
+    let mut machine = machine();
+    machine.resize(1, 100, 30);
+    assert!(sent(&mut machine).is_empty());
+    assert_eq!(machine.console_size(), Some((100, 30)));
+    machine.handle(&message(1, PORT_READY, 1)).unwrap();
+    sent(&mut machine);
+    machine.resize(1, 120, 40);
+    machine.resize(1, 120, 40);
+    machine.resize(0, 120, 40);
+    assert_eq!(sent(&mut machine), [(1, RESIZE, 0, vec![120, 0, 40, 0])]);
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_and_what_is_owed_is_bounded() {
+    let mut machine = machine();
+    for _ in 0..1000 {
+        machine.handle(&message(0, DEVICE_READY, 1)).unwrap();
+        machine.handle(&message(0, PORT_READY, 1)).unwrap();
+    }
+    assert_eq!(
+        sent(&mut machine).len(),
+        3,
+        "add of port 1, name and open of port 0"
+    );
+    assert_eq!(machine.handle(&[0; 7]), Err(Misuse::Short(7)));
+    assert_eq!(
+        machine.handle(&message(2, PORT_OPEN, 1)),
+        Err(Misuse::NoSuchPort(2))
+    );
+    let unknown = Misuse::Unknown {
+        id: 0,
+        event: 99,
+        value: 7,
+    };
+    assert_eq!(machine.handle(&message(0, 99, 7)), Err(unknown));
+    assert_eq!(
+        machine.handle(&message(0, DEVICE_READY, 0)),
+        Err(Misuse::DeviceFailed)
+    );
+    assert_eq!(
+        machine.handle(&message(1, PORT_READY, 0)),
+        Err(Misuse::PortFailed(1))
+    );
+}
