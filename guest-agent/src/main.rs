@@ -7,7 +7,7 @@ use clap::Parser;
 use virtproxy_agent::port::PortChannel;
 use virtproxy_engine::channel::Channel;
 use virtproxy_engine::channels;
-use virtproxy_engine::program::{self, EXIT_CODES, Options};
+use virtproxy_engine::program::{self, CHANNELS, EXIT_CODES, Options};
 use virtproxy_engine::spec::{ChannelSpec, Method};
 
 const PRODUCT: &str = concat!("virtproxy-agent ", env!("CARGO_PKG_VERSION"));
@@ -26,7 +26,7 @@ Examples:
 
 /// The guest end of virtproxy: joins sockets of this guest to its host, over a virtio port.
 #[derive(Parser)]
-#[command(version, after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
+#[command(version, after_help = format!("{CHANNELS}\n\n{EXAMPLES}\n\n{EXIT_CODES}"))]
 struct Cli {
     #[command(flatten)]
     options: Options,

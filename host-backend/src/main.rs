@@ -14,7 +14,7 @@ use tracing::info;
 use virtproxy_engine::admin;
 use virtproxy_engine::channel::{BoxFuture, Channel, Link};
 use virtproxy_engine::channels;
-use virtproxy_engine::program::{self, EXIT_CODES, Options};
+use virtproxy_engine::program::{self, CHANNELS, EXIT_CODES, Options};
 use virtproxy_engine::spec::{ChannelSpec, Method};
 use virtproxy_engine::unix_socket;
 use virtproxy_host::device::{Device, Port};
@@ -56,7 +56,7 @@ num_vqs=4,config_size=12,vq_size=1024
 #[command(
     name = "virtproxy",
     version,
-    after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"),
+    after_help = format!("{CHANNELS}\n\n{EXAMPLES}\n\n{EXIT_CODES}"),
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
     subcommand_value_name = "COMMAND"

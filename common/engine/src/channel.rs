@@ -30,6 +30,8 @@ pub trait Channel {
     /// Waits until the other end may be there (for ever, if need be), and returns a link to it.
     /// Cancel-safe. An error is final: the channel cannot ever work and the program says so and ends;
     /// what may pass (a port not there yet, a refused connect) is retried inside, with bounded back-off.
+    /// `UnexpectedEof` alone is no failure: a channel that can be had only once, such as standard input and output, has
+    /// ended with its link.
     fn open(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Link>>>;
 
     /// How the user named it, for messages: `vhost-user:/run/vp.sock`.

@@ -1,4 +1,5 @@
-//! A link over one non-blocking file descriptor: a virtio port in the guest, a socket, a terminal.
+//! A link over a non-blocking file descriptor (a virtio port in the guest, a socket, a terminal), or over two of them,
+//! one to read and one to write (pipes).
 //!
 //! # Theory of operation
 //!
@@ -60,7 +61,10 @@ pub const CHUNK: usize = 32 * 1024;
 /// A link over a file descriptor.
 pub struct FdLink {
     watch: Watch,
+    /// What is read; and written, unless there is another one for that.
     fd: OwnedFd,
+    /// What is written instead of `fd`.
+    out: Option<OwnedFd>,
     /// Room for one receive; untouched pages of it are not resident.
     inbound: Box<[u8]>,
     /// Room for one send.
@@ -76,10 +80,24 @@ impl FdLink {
     /// # Panics
     /// Outside a tokio runtime with I/O enabled.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        Self::of(fd, None)
+    }
+
+    /// A link that reads `from` and writes `to`, otherwise as [`FdLink::new`].
+    ///
+    /// # Panics
+    /// As [`FdLink::new`].
+    pub fn pair(from: OwnedFd, to: OwnedFd) -> io::Result<Self> {
+        set_nonblocking(to.as_fd())?;
+        Self::of(from, Some(to))
+    }
+
+    fn of(fd: OwnedFd, out: Option<OwnedFd>) -> io::Result<Self> {
         set_nonblocking(fd.as_fd())?;
         Ok(FdLink {
-            watch: Watch::new(fd.as_fd())?,
+            watch: Watch::new(fd.as_fd(), out.as_ref().map(AsFd::as_fd))?,
             fd,
+            out,
             inbound: vec![0; PAGE * PAGES].into(),
             outbound: vec![0; CHUNK].into(),
             pending: 0..0,
@@ -110,11 +128,17 @@ impl FdLink {
         }
     }
 
+    fn watch_writable(&mut self, writable: bool) -> io::Result<()> {
+        let out = self.out.as_ref().unwrap_or(&self.fd);
+        self.watch.watch_writable(out.as_fd(), writable)
+    }
+
     /// Writes what is pending; false if some of it is left.
     fn flush(&mut self) -> io::Result<bool> {
         while !self.pending.is_empty() {
             let segment = Segment::from_slice(&mut self.outbound[self.pending.clone()]);
-            match writev(self.fd.as_fd(), &[segment]) {
+            let out = self.out.as_ref().unwrap_or(&self.fd);
+            match writev(out.as_fd(), &[segment]) {
                 // A virtio port's way to say that its ring was full after all.
                 Ok(0) => return Ok(false),
                 Ok(n) => self.pending.start += n,
@@ -123,6 +147,13 @@ impl FdLink {
             }
         }
         Ok(true)
+    }
+}
+
+impl AsFd for FdLink {
+    /// What is read.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 
@@ -157,7 +188,7 @@ impl Link for FdLink {
         if self.flush()? {
             let filled = source(&[Segment::from_slice(&mut self.outbound)]);
             if filled == 0 {
-                self.watch.watch_writable(self.fd.as_fd(), false)?;
+                self.watch_writable(false)?;
                 return Ok(Progress::Wait);
             }
             assert!(filled <= CHUNK, "the source wrote past its room");
@@ -166,7 +197,7 @@ impl Link for FdLink {
                 return Ok(Progress::Again);
             }
         }
-        self.watch.watch_writable(self.fd.as_fd(), true)?;
+        self.watch_writable(true)?;
         Ok(Progress::Wait)
     }
 
@@ -175,37 +206,54 @@ impl Link for FdLink {
     }
 }
 
-/// Watches the link's one descriptor.
+/// Watches the link's descriptors.
 struct Watch {
     edges: Edges,
     events: mio::Events,
     writable: bool,
+    /// What there is to see when nothing is to be written.
+    idle: Interest,
 }
 
 impl Watch {
-    /// Starts to watch `fd`, for everything: the first `send` tells whether to go on so.
-    fn new(fd: BorrowedFd<'_>) -> io::Result<Self> {
+    /// Starts to watch `fd`, and `out` if that is another one, for everything: the first `send` tells whether to go
+    /// on so.
+    fn new(fd: BorrowedFd<'_>, out: Option<BorrowedFd<'_>>) -> io::Result<Self> {
         let edges = Edges::new()?;
-        let interest = Interest::READABLE | Interest::WRITABLE;
-        edges
-            .registry()
-            .register(&mut SourceFd(&fd.as_raw_fd()), Token(0), interest)?;
+        let watch = |fd: BorrowedFd<'_>, token, interest| {
+            let mut source = SourceFd(&fd.as_raw_fd());
+            edges.registry().register(&mut source, token, interest)
+        };
+        let idle = match out {
+            None => {
+                watch(fd, Token(0), Interest::READABLE | Interest::WRITABLE)?;
+                Interest::READABLE
+            }
+            Some(out) => {
+                watch(fd, Token(1), Interest::READABLE)?;
+                watch(out, Token(0), Interest::WRITABLE)?;
+                // Which pipes never have: only what cannot be left out, the end, is seen.
+                Interest::PRIORITY
+            }
+        };
         Ok(Watch {
             edges,
-            // There is one descriptor, so there is at most one event.
-            events: mio::Events::with_capacity(1),
+            // One for each descriptor.
+            events: mio::Events::with_capacity(2),
             writable: true,
+            idle,
         })
     }
 
-    fn watch_writable(&mut self, fd: BorrowedFd<'_>, writable: bool) -> io::Result<()> {
+    /// Whether room to write on `out`, the descriptor that is written, is to be told.
+    fn watch_writable(&mut self, out: BorrowedFd<'_>, writable: bool) -> io::Result<()> {
         if self.writable != writable {
             let interest = match writable {
-                true => Interest::READABLE | Interest::WRITABLE,
-                false => Interest::READABLE,
+                true => self.idle | Interest::WRITABLE,
+                false => self.idle,
             };
             let registry = self.edges.registry();
-            registry.reregister(&mut SourceFd(&fd.as_raw_fd()), Token(0), interest)?;
+            registry.reregister(&mut SourceFd(&out.as_raw_fd()), Token(0), interest)?;
             self.writable = writable;
         }
         Ok(())

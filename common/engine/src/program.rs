@@ -21,23 +21,47 @@ use crate::spec::{ChannelSpec, ForwardSpec};
 /// How the programs exit, for `--help` and the manual.
 pub const EXIT_CODES: &str = "\
 Exit codes:
-  0  ended in order, on SIGTERM or SIGINT
+  0  ended in order, on SIGTERM or SIGINT, or with standard input
   1  the system refuses something every program needs
   2  bad flags
   3  an address of -o cannot be listened on
   4  a channel of -c cannot ever work";
 
+/// What `-c` may name, for `--help`.
+pub const CHANNELS: &str = "\
+Channels:
+  vhost-user:PATH:-           on the host: be the device, on the socket that QEMU
+                              connects to
+  virtserial-open:NAME:-      in the guest: a virtio port, by its name or path
+  isa-serial-open:PATH:SPEED  a serial line
+  unix-connect:PATH:-         a UNIX socket, such as that of a QEMU chardev
+  unix-listen:PATH:-          the same, the other way round
+  tcp-connect:HOST:PORT       TCP; with --tls-creds, mutual TLS 1.3
+  tcp-listen:HOST:PORT        the same, the other way round
+  vsock-connect:CID:PORT      AF_VSOCK; CID is a number, host or local
+  vsock-listen:CID:PORT       the same, the other way round; CID may be any
+  hvsock-connect:PATH:PORT    a guest's vsock port, through the UNIX socket of
+                              Firecracker, Cloud Hypervisor or vhost-device-vsock
+  stdio:-:-                   standard input and output
+  exec:COMMAND:-              those of a command, which is run by /bin/sh";
+
 /// The flags both programs share.
 #[derive(Args, Debug)]
 pub struct Options {
-    /// The channel to the other end
-    #[arg(short = 'c', value_name = "METHOD:ADDR:PORT[:ID]", required = true)]
+    /// A channel to the other end, see below; may be repeated
+    #[arg(
+        short = 'c',
+        long = "channel",
+        value_name = "METHOD:ADDR:PORT[:ID]",
+        required = true
+    )]
     pub channels: Vec<ChannelSpec>,
 
     /// Listen at ADDR:PORT and forward each client to SERVICE of the other end; `-` as PORT makes ADDR the path of a
     /// UNIX socket
     #[arg(
         short = 'o',
+        long = "oforward",
         value_name = "SERVICE:ADDR:PORT[:ID]",
         value_parser = ForwardSpec::parse_listen
     )]
@@ -46,6 +70,7 @@ pub struct Options {
     /// Serve SERVICE to the other end by connecting to ADDR:PORT; `-` as PORT makes ADDR the path of a UNIX socket
     #[arg(
         short = 'i',
+        long = "iforward",
         value_name = "SERVICE:ADDR:PORT[:ID]",
         value_parser = ForwardSpec::parse_target
     )]
@@ -182,6 +207,8 @@ fn start_log(verbose: u8) {
         .with_env_filter(filter)
         .with_target(false)
         .with_writer(io::stderr)
+        // Standard error may be gone before the program, as when `ssh` ran it; to tell that there would be to panic.
+        .log_internal_errors(false)
         .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
         .init();
 }
@@ -257,6 +284,8 @@ fn forwards(
             Some(id) => channels
                 .iter()
                 .position(|channel| channel.id.as_ref() == Some(id))
+                // What a channel without an ID was called in the first version.
+                .or((id == "0").then_some(0))
                 .ok_or_else(|| {
                     Failure::Usage(format!(
                         "{flag} {forward}: no -c has the ID {id:?}: add :{id} to one, or leave it off here"

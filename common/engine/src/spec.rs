@@ -9,14 +9,14 @@
 //! METHOD  = one of the names in the table `METHODS`
 //! SERVICE = 1 to 255 of A-Z a-z 0-9 . _ / -
 //! PORT    = digits | "-"
-//! ID      = a letter, then at most 63 of A-Z a-z 0-9 . _ -
+//! ID      = a letter, then at most 63 of A-Z a-z 0-9 . _ -   |   digits, as in the first version
 //! ADDR    = what is left
 //! ```
 //!
 //! ADDR may contain `:`, as a path or an IPv6 address does, so the line is read **from both ends**: METHOD or
-//! SERVICE is what stands before the first colon; of the rest, the last field is PORT if it is `-` or all digits,
-//! else it is ID and the one before it is PORT. An ID starts with a letter, so the two are never mistaken for each
-//! other: `/run/a:80:-` is the path `/run/a:80`, and so it is in `/run/a:80:-:blue`.
+//! SERVICE is what stands before the first colon; of the rest, the last field is ID if it is not `-` and the one before
+//! it can be PORT, else it is PORT: `/run/a:80:-` is the path `/run/a:80`, and so it is in `/run/a:80:-:blue`. An ID that
+//! is a number would be mistaken for PORT in one place, an IPv6 address without its brackets: there it is none.
 //!
 //! In a forward, `-` as PORT makes ADDR the path of a UNIX socket. With a number, ADDR is an IPv4 address, an
 //! IPv6 address in brackets, or a name, which is resolved when it is used, never here. In a channel, what ADDR
@@ -533,7 +533,9 @@ pub enum SpecError {
     BadHost(String),
     #[error("ADDR is a path of {0} bytes, too long for a UNIX socket: use at most {MAX_UNIX_PATH}")]
     LongPath(usize),
-    #[error("ID {0:?} is not an ID: use a letter, then at most 63 of A-Z a-z 0-9 . _ -")]
+    #[error(
+        "ID {0:?} is not an ID: use a letter, then at most 63 of A-Z a-z 0-9 . _ -, or a number"
+    )]
     BadId(String),
 }
 
@@ -576,13 +578,14 @@ impl<'s> Rest<'s> {
             None if rest.is_empty() => return Err(SpecError::MissingAddr(form)),
             None => return missing_port,
         };
-        let (addr, port, id) = if is_port(last) {
-            (head, last, None)
-        } else {
-            match head.rsplit_once(':') {
-                Some((addr, port)) if is_port(port) => (addr, port, Some(last)),
-                _ => return Err(SpecError::BadPort(last.into())),
+        let (addr, port, id) = match head.rsplit_once(':') {
+            Some((addr, port))
+                if is_port(port) && (!is_port(last) || is_number_id(addr, port, last)) =>
+            {
+                (addr, port, Some(last))
             }
+            _ if is_port(last) => (head, last, None),
+            _ => return Err(SpecError::BadPort(last.into())),
         };
         if addr.is_empty() {
             return Err(SpecError::MissingAddr(form));
@@ -630,11 +633,16 @@ fn is_port(field: &str) -> bool {
     field == "-" || (!field.is_empty() && field.bytes().all(|b| b.is_ascii_digit()))
 }
 
+/// Whether `last` is an ID although it is a number. Else it is PORT, and `addr` and `port` are an IPv6 address or a path.
+fn is_number_id(addr: &str, port: &str, last: &str) -> bool {
+    last != "-" && (port == "-" || !addr.contains(':') || addr.contains(['/', ']']))
+}
+
 fn check_id(id: &str) -> Result<(), SpecError> {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
-    let ok = id.len() <= MAX_ID
-        && id.starts_with(|c: char| c.is_ascii_alphabetic())
-        && id.bytes().all(allowed);
+    let named = id.starts_with(|c: char| c.is_ascii_alphabetic()) && id.bytes().all(allowed);
+    let numbered = id.bytes().all(|b| b.is_ascii_digit());
+    let ok = id.len() <= MAX_ID && (named || numbered);
     ok.then_some(()).ok_or_else(|| SpecError::BadId(id.into()))
 }
 

@@ -1,10 +1,17 @@
 //! The channels that either end can have; each is a small file here. What belongs to one end alone (the device of the
 //! host, the virtio port of the guest) is with that end.
 
+mod exec;
+mod hvsock;
 mod retrying;
 mod sockets;
+mod stdio;
 mod tcp;
+mod tcp_link;
+mod tls;
+mod tls_link;
 mod unix;
+mod vsock;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -23,10 +30,14 @@ pub fn make(spec: &ChannelSpec, options: &Options, hint: &str) -> io::Result<Box
         Method::UnixListen => unix::listen(spec),
         Method::TcpConnect => tcp::connect(spec, options),
         Method::TcpListen => tcp::listen(spec, options),
-        Method::VhostUser | Method::VirtserialOpen => {
+        Method::VsockConnect => vsock::connect(spec),
+        Method::VsockListen => vsock::listen(spec),
+        Method::HvsockConnect => hvsock::connect(spec),
+        Method::Stdio => stdio::open(spec),
+        Method::Exec => exec::open(spec),
+        Method::IsaSerialOpen | Method::VhostUser | Method::VirtserialOpen => {
             Err(io::Error::new(io::ErrorKind::Unsupported, hint))
         }
-        _ => todo!(),
     }
 }
 

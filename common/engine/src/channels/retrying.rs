@@ -1,7 +1,8 @@
 //! A channel that is opened by trying again and again: all that a kind of channel adds is its attempt.
 //!
 //! An attempt gives a link, or says what stands in the way. What may pass is logged once, for as long as it stays the
-//! same, and tried again after a pause (see [`crate::pauses`]); what can never pass ends the program.
+//! same and no good link came in between, and is tried again after a pause (see [`crate::pauses`]); what can never pass
+//! ends the program.
 
 use std::io;
 
@@ -9,7 +10,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::channel::{BoxFuture, Channel, Link};
-use crate::pauses::Pauses;
+use crate::pauses::{Pauses, STEADY};
 
 /// Why an attempt gave no link.
 #[derive(Debug)]
@@ -37,8 +38,10 @@ pub(super) struct Retrying<A> {
     pauses: Pauses,
     /// Since when there has been a link.
     opened: Option<Instant>,
-    /// What was last logged to stand in the way.
+    /// What was last logged to stand in the way, since the last good link.
     reported: Option<String>,
+    /// Whether it was the last that was logged.
+    waiting: bool,
 }
 
 impl<A: AsyncFnMut() -> Attempt> Retrying<A> {
@@ -49,19 +52,23 @@ impl<A: AsyncFnMut() -> Attempt> Retrying<A> {
             pauses: Pauses::default(),
             opened: None,
             reported: None,
+            waiting: false,
         }
     }
 
     async fn next(&mut self) -> io::Result<Box<dyn Link>> {
         if let Some(opened) = self.opened.take() {
             self.pauses.ended(opened);
+            if opened.elapsed() >= STEADY {
+                self.reported = None;
+            }
         }
         loop {
             self.pauses.pass().await;
             match (self.attempt)().await {
                 Ok(link) => {
-                    if self.reported.take().is_some() {
-                        info!(channel = %self.name, "nothing stands in the way any more");
+                    if std::mem::take(&mut self.waiting) {
+                        info!(channel = %self.name, "the way is clear");
                     }
                     self.opened = Some(Instant::now());
                     return Ok(link);
@@ -71,6 +78,7 @@ impl<A: AsyncFnMut() -> Attempt> Retrying<A> {
                     if self.reported.as_ref() != Some(&obstacle) {
                         warn!(channel = %self.name, "waiting: {obstacle}");
                         self.reported = Some(obstacle);
+                        self.waiting = true;
                     }
                 }
             }

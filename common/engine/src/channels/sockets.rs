@@ -32,7 +32,13 @@ pub(super) async fn connect(address: &SockAddr) -> io::Result<Socket> {
         Err(error) => return Err(error),
     }
     let socket = watch(socket, Interest::WRITABLE)?;
-    timeout(CONNECT, socket.writable()).await??.retain_ready();
+    let connected = timeout(CONNECT, socket.writable()).await;
+    connected
+        .map_err(|_| {
+            let why = format!("no answer within {CONNECT:?}");
+            io::Error::new(io::ErrorKind::TimedOut, why)
+        })??
+        .retain_ready();
     match socket.get_ref().take_error()? {
         None => Ok(socket.into_inner()),
         Some(error) => Err(error),

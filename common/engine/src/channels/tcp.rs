@@ -4,35 +4,30 @@
 //! and change everything, and whoever can connect is the other end; so only loopback addresses are taken, unless the
 //! user says otherwise. What counts is the address itself: after a name was resolved, before anything is sent.
 //!
-//! One link at a time: who connects meanwhile waits in the kernel's queue. A peer that vanished without a word (its
-//! machine lost power, its network changed) is noticed by [`watch_over`], so that its successor is let in.
+//! One link at a time: who connects meanwhile waits in the kernel's queue. A peer that vanished without a word is
+//! noticed (see [`super::tcp_link`]), so that its successor is let in.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
 
-use socket2::{SockAddr, Socket, TcpKeepalive};
+use socket2::{SockAddr, Socket};
 use tracing::{info, warn};
 
-use super::retrying::{Obstacle, Retrying};
+use super::retrying::{Attempt, Obstacle, Retrying};
 use super::sockets::{self, Acceptor};
-use super::{bare_link, boxed};
+use super::tcp_link::TcpLink;
+use super::{boxed, tls};
 use crate::channel::Channel;
 use crate::driver::bind_cure;
 use crate::program::{Options, Plaintext};
 use crate::spec::{ChannelSpec, Host};
 
-/// After so long without a sign of life the kernel asks for one, and so often again.
-const ASK: Duration = Duration::from_secs(15);
-/// After so long without an answer a peer has vanished.
-const VANISHED: Duration = Duration::from_secs(60);
-
 /// Where to connect to or to listen.
-#[derive(Clone)]
 struct Target {
     host: Host,
     port: u16,
-    plaintext: Plaintext,
+    /// What may be done without TLS, where there is none.
+    plaintext: Option<Plaintext>,
 }
 
 impl Target {
@@ -43,12 +38,14 @@ impl Target {
                 .port
                 .and_then(|port| u16::try_from(port).ok())
                 .ok_or(io::ErrorKind::InvalidInput)?,
-            plaintext: options.plaintext(),
+            plaintext: options.tls_creds.is_none().then(|| options.plaintext()),
         };
+        let mut local = false;
         if let Host::Ip(ip) = target.host {
             target.check(ip)?;
+            local = ip.to_canonical().is_loopback();
         }
-        if target.plaintext == Plaintext::Implied {
+        if target.plaintext == Some(Plaintext::Implied) && !local {
             warn!(channel = %spec, "not encrypted: whoever is on the way can read and change it (see --tls-creds)");
         }
         Ok(target)
@@ -56,7 +53,7 @@ impl Target {
 
     /// Whether `ip` may be talked to as things are.
     fn check(&self, ip: IpAddr) -> io::Result<()> {
-        if self.plaintext != Plaintext::Loopback || ip.to_canonical().is_loopback() {
+        if self.plaintext != Some(Plaintext::Loopback) || ip.to_canonical().is_loopback() {
             return Ok(());
         }
         Err(io::Error::new(
@@ -87,7 +84,7 @@ impl Target {
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for address in self.resolve().await? {
             match sockets::connect(&address).await {
-                Ok(socket) => return watch_over(socket),
+                Ok(socket) => return Ok(socket),
                 Err(error) => last = error,
             }
         }
@@ -121,16 +118,10 @@ impl Target {
     }
 }
 
-/// Small frames leave at once, and a peer that vanished is noticed.
-fn watch_over(socket: Socket) -> Result<Socket, Obstacle> {
-    let keepalive = TcpKeepalive::new().with_time(ASK).with_interval(ASK);
-    let set = || {
-        socket.set_tcp_nodelay(true)?;
-        socket.set_tcp_keepalive(&keepalive)?;
-        socket.set_tcp_user_timeout(Some(VANISHED))
-    };
-    match set() {
-        Ok(()) => Ok(socket),
+/// The link over `socket`, without TLS.
+fn plain_link(socket: Socket) -> Attempt {
+    match TcpLink::new(socket) {
+        Ok(link) => Ok(Box::new(link)),
         Err(error) => Err(Obstacle::Passing(format!("the connection broke: {error}"))),
     }
 }
@@ -138,14 +129,27 @@ fn watch_over(socket: Socket) -> Result<Socket, Obstacle> {
 /// The channel that connects to HOST:PORT, again and again.
 pub(super) fn connect(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dyn Channel>> {
     let target = Target::new(spec, options)?;
+    let creds = options.tls_creds.as_deref();
+    let tls = creds
+        .map(|dir| tls::Connector::new(dir, &target.host))
+        .transpose()?;
     boxed(Retrying::new(spec.to_string(), async move || {
-        bare_link(target.connect().await?)
+        let socket = target.connect().await?;
+        match &tls {
+            Some(tls) => tls.link(socket).await,
+            None => plain_link(socket),
+        }
     }))
 }
 
 /// The channel that listens on HOST:PORT, and serves one client after the other.
 pub(super) fn listen(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dyn Channel>> {
     let target = Target::new(spec, options)?;
+    let mut tls = options
+        .tls_creds
+        .as_deref()
+        .map(tls::Listener::new)
+        .transpose()?;
     let name = spec.to_string();
     let mut acceptor = None;
     boxed(Retrying::new(name.clone(), async move || {
@@ -153,7 +157,9 @@ pub(super) fn listen(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dy
             Some(acceptor) => acceptor,
             none => none.insert(target.listen(&name).await?),
         };
-        let (client, _) = acceptor.accept().await?;
-        bare_link(watch_over(client)?)
+        match &mut tls {
+            Some(tls) => tls.link(acceptor).await,
+            None => plain_link(acceptor.accept().await?.0),
+        }
     }))
 }

@@ -210,17 +210,27 @@ impl Driver {
         })
     }
 
-    /// Serves `channel` until `stop` becomes true. An error means that the channel can never work.
+    /// Serves `channel` until `stop` becomes true, or the channel ends for good. An error means that it can never work.
     pub async fn run(
         mut self,
         mut channel: Box<dyn Channel>,
         mut stop: watch::Receiver<bool>,
     ) -> io::Result<()> {
         let mut backoff = BACKOFF.0;
+        let mut last_down = None;
         loop {
-            let Some(mut link) = self.open(&mut *channel, &mut stop).await? else {
-                self.refuse_waiting("shutting down");
-                break;
+            let mut link = match self.open(&mut *channel, &mut stop).await {
+                Ok(Some(link)) => link,
+                Ok(None) => {
+                    self.refuse_waiting("shutting down");
+                    break;
+                }
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    info!(channel = channel.name(), "ended: it cannot be opened again");
+                    self.refuse_waiting("the channel to the other end has ended");
+                    break;
+                }
+                Err(error) => return Err(error),
             };
             debug!(channel = channel.name(), "link up");
             self.needs = link.needs();
@@ -235,7 +245,13 @@ impl Driver {
                     } else {
                         error.to_string()
                     };
-                    info!(channel = channel.name(), why, "link down");
+                    // One that ends again and again for the same reason is told of once.
+                    if up.elapsed() < STABLE && last_down.as_ref() == Some(&why) {
+                        debug!(channel = channel.name(), why, "link down");
+                    } else {
+                        info!(channel = channel.name(), why, "link down");
+                    }
+                    last_down = Some(why);
                     Outcome::LinkEnded
                 }
             };

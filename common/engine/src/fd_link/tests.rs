@@ -113,9 +113,12 @@ impl Driver {
 }
 
 /// The other end: writes and reads `total` bytes in odd pieces, each with its own pauses, then closes.
-fn peer(socket: UnixStream, total: usize) -> thread::JoinHandle<()> {
+fn peer(
+    mut reader: impl Read + Send + 'static,
+    mut writer: impl Write + Send + 'static,
+    total: usize,
+) -> thread::JoinHandle<()> {
     thread::spawn(move || {
-        let (mut reader, mut writer) = (socket.try_clone().unwrap(), socket);
         let read = thread::spawn(move || {
             let (mut random, mut at) = (Random(7), 0);
             let mut buffer = vec![0; CHUNK];
@@ -148,15 +151,19 @@ fn transfer(total: usize, buffers: usize) {
     socket2::SockRef::from(&ours)
         .set_send_buffer_size(buffers)
         .unwrap();
-    let peer = peer(theirs, total);
+    let peer = peer(theirs.try_clone().unwrap(), theirs, total);
+    transfer_over(|| FdLink::new(ours.into()), total);
+    peer.join().unwrap();
+}
+
+fn transfer_over(link: impl FnOnce() -> io::Result<FdLink>, total: usize) {
     let mut driver = Driver::new(total);
     let error = runtime().block_on(async {
-        let mut link = FdLink::new(ours.into()).unwrap();
+        let mut link = link().unwrap();
         driver.run(&mut link).await.unwrap_err()
     });
     assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     assert_eq!((driver.sent, driver.received), (total, total));
-    peer.join().unwrap();
 }
 
 #[test]
@@ -167,6 +174,19 @@ fn bulk_both_ways_in_odd_pieces_arrives_whole() {
 #[test]
 fn a_small_socket_buffer_makes_every_write_short() {
     transfer(4 << 20, 4 << 10);
+}
+
+#[test]
+fn two_pipes_are_as_good_as_a_socket() {
+    let (link_reads, peer_writes) = io::pipe().unwrap();
+    let (peer_reads, link_writes) = io::pipe().unwrap();
+    let total = 8 << 20;
+    let peer = peer(peer_reads, peer_writes, total);
+    transfer_over(
+        || FdLink::pair(link_reads.into(), link_writes.into()),
+        total,
+    );
+    peer.join().unwrap();
 }
 
 #[test]

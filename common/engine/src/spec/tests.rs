@@ -66,6 +66,14 @@ fn forwards_parse_and_print_the_same() {
         ("db:/run/a:b:-", "db", unix("/run/a:b"), None),
         ("db:/run/with space:-", "db", unix("/run/with space"), None),
         (
+            "http:10.0.0.1:80:90",
+            "http",
+            tcp("10.0.0.1", 80),
+            Some("90"),
+        ),
+        ("http:[::1]:80:0", "http", tcp("::1", 80), Some("0")),
+        ("db:/run/a:80:-:1", "db", unix("/run/a:80"), Some("1")),
+        (
             "dns/udp:127.0.0.1:53",
             "dns/udp",
             tcp("127.0.0.1", 53),
@@ -90,35 +98,123 @@ fn forwards_parse_and_print_the_same() {
 
 #[test]
 fn channels_parse_and_print_the_same() {
-    use Method::{VhostUser, VirtserialOpen};
+    use Method::*;
     let device = "/dev/virtio-ports/org.virtproxy.0";
     let table = [
-        ("vhost-user:/run/vp.sock:-", VhostUser, "/run/vp.sock", None),
+        (
+            "vhost-user:/run/vp.sock:-",
+            VhostUser,
+            "/run/vp.sock",
+            None,
+            None,
+        ),
         (
             "vhost-user:vp.sock:-:blue",
             VhostUser,
             "vp.sock",
+            None,
             Some("blue"),
         ),
-        ("vhost-user:/run/a:b:1:-", VhostUser, "/run/a:b:1", None),
+        (
+            "vhost-user:/run/a:b:1:-",
+            VhostUser,
+            "/run/a:b:1",
+            None,
+            None,
+        ),
         (
             "virtserial-open:/dev/virtio-ports/org.virtproxy.0:-",
             VirtserialOpen,
             device,
+            None,
             None,
         ),
         (
             "virtserial-open:org.virtproxy.0:-:vs",
             VirtserialOpen,
             "org.virtproxy.0",
+            None,
             Some("vs"),
         ),
+        (
+            "isa-serial-open:/dev/ttyS1:115200",
+            IsaSerialOpen,
+            "/dev/ttyS1",
+            Some(115_200),
+            None,
+        ),
+        (
+            "unix-connect:/tmp/a.sock:-:1",
+            UnixConnect,
+            "/tmp/a.sock",
+            None,
+            Some("1"),
+        ),
+        (
+            "unix-listen:/tmp/a.sock:-",
+            UnixListen,
+            "/tmp/a.sock",
+            None,
+            None,
+        ),
+        (
+            "tcp-connect:guest.example:9000",
+            TcpConnect,
+            "guest.example",
+            Some(9000),
+            None,
+        ),
+        (
+            "tcp-listen:1.2.3.4:9000:1",
+            TcpListen,
+            "1.2.3.4",
+            Some(9000),
+            Some("1"),
+        ),
+        ("tcp-listen:[::]:0", TcpListen, "[::]", Some(0), None),
+        (
+            "vsock-connect:host:9000",
+            VsockConnect,
+            "host",
+            Some(9000),
+            None,
+        ),
+        (
+            "vsock-connect:3:4000000000",
+            VsockConnect,
+            "3",
+            Some(4_000_000_000),
+            None,
+        ),
+        (
+            "vsock-listen:any:9000:g",
+            VsockListen,
+            "any",
+            Some(9000),
+            Some("g"),
+        ),
+        (
+            "hvsock-connect:/run/v.sock:9000",
+            HvsockConnect,
+            "/run/v.sock",
+            Some(9000),
+            None,
+        ),
+        ("stdio:-:-", Stdio, "-", None, None),
+        (
+            "exec:ssh box 'a:b' -c stdio:-:- -i x:127.0.0.1:80:-",
+            Exec,
+            "ssh box 'a:b' -c stdio:-:- -i x:127.0.0.1:80",
+            None,
+            None,
+        ),
+        ("exec:a:1:-:2", Exec, "a:1", None, Some("2")),
     ];
-    for (line, method, addr, id) in table {
+    for (line, method, addr, port, id) in table {
         let spec = channel(line).unwrap_or_else(|error| panic!("{line}: {error}"));
         assert_eq!(
             (spec.method, spec.addr.as_str(), spec.port),
-            (method, addr, None),
+            (method, addr, port),
             "{line}"
         );
         assert_eq!(spec.id.as_deref(), id, "{line}");
@@ -168,7 +264,8 @@ fn each_wrong_forward_says_which_field_and_what_to_write() {
         ("http:127.0.0.1:-", NoNumber("127.0.0.1".into())),
         ("http:[::1]:-", NoNumber("[::1]".into())),
         ("http:::1:80", NoBrackets("::1".into())),
-        ("http:10.0.0.1:80:90", NoBrackets("10.0.0.1:80".into())),
+        ("http:fe80::1:80:90", NoBrackets("fe80::1:80".into())),
+        ("http:10.0.0.1:-:1", NoNumber("10.0.0.1".into())),
         ("http:[::g]:80", BadIpv6("[::g]".into())),
         ("http:[127.0.0.1]:80", BadIpv6("[127.0.0.1]".into())),
         ("http:[::1:80", BadIpv6("[::1".into())),
@@ -217,6 +314,26 @@ fn each_wrong_channel_says_which_field_and_what_to_write() {
         ),
         ("vhost-user:/run/vp.sock:blue", BadPort("blue".into())),
         ("vhost-user:/run/vp.sock:-:-x", BadId("-x".into())),
+        ("isa-serial-open:/dev/ttyS1:-", NoSpeed),
+        ("unix-connect:/run/a.sock:80", PortAfterPath("80".into())),
+        ("unix-listen:/run/a:1:2", PortAfterPath("1".into())),
+        ("tcp-connect:127.0.0.1:0", TargetPortZero),
+        ("tcp-connect:127.0.0.1:-", NoNumber("127.0.0.1".into())),
+        (
+            "tcp-listen:127.0.0.1:65536",
+            LargePort {
+                port: "65536".into(),
+                max: 65535,
+            },
+        ),
+        ("tcp-listen:::1:9000", NoBrackets("::1".into())),
+        ("tcp-listen:300.1.1.1:9000", BadHost("300.1.1.1".into())),
+        ("vsock-connect:guest:9000", BadCid("guest".into())),
+        ("vsock-listen:any:-", NoVsockPort),
+        ("hvsock-connect:/run/v.sock:-", NoVsockPort),
+        ("stdio:x:-", NotNothing),
+        ("stdio:-:1", NotNothing),
+        ("exec:true:1", PortAfterPath("1".into())),
         (&long_path, LongPath(108)),
     ];
     for (line, error) in table {

@@ -2,6 +2,9 @@
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
+pub(crate) mod log;
+pub(crate) mod side;
+
 use std::future::Future;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -14,7 +17,7 @@ use virtproxy_engine::driver::Settings;
 use virtproxy_mux::Config;
 
 /// Nothing in these tests takes that long.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) fn settings() -> Settings {
     Settings {
@@ -40,6 +43,11 @@ pub(crate) fn new_address() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(1);
     let (process, n) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     format!("127.{}.{}.{n}:4000", 1 + process % 250, process / 250 % 250)
+}
+
+pub(crate) fn free_port() -> u16 {
+    let probe = std::net::TcpListener::bind("localhost:0").unwrap();
+    probe.local_addr().unwrap().port()
 }
 
 /// A TCP server that echoes each client until end of file, then closes; its address.
@@ -78,6 +86,29 @@ pub(crate) async fn echo_through(address: String, data: Vec<u8>) {
     read.read_to_end(&mut back).await.unwrap();
     writer.await.unwrap();
     assert!(back == data, "{} of {} bytes", back.len(), data.len());
+}
+
+/// A server that reads a client to its end and only then answers, twice what it got; its address.
+pub(crate) async fn twice_server() -> String {
+    let address = new_address();
+    let listener = TcpListener::bind(&address).await.unwrap();
+    tokio::task::spawn_local(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let mut request = Vec::new();
+            client.read_to_end(&mut request).await.unwrap();
+            client.write_all(&request.repeat(2)).await.unwrap();
+        }
+    });
+    address
+}
+
+pub(crate) async fn half_close_through(address: &str) {
+    let mut client = connect(address).await;
+    client.write_all(b"half-close").await.unwrap();
+    client.shutdown().await.unwrap();
+    let mut answer = Vec::new();
+    client.read_to_end(&mut answer).await.unwrap();
+    assert_eq!(answer, b"half-closehalf-close");
 }
 
 /// A client that is refused sees an error or the end at once, perhaps already when it connects.
