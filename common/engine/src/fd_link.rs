@@ -41,12 +41,14 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Token};
 
 use crate::channel::{Link, Needs, Progress, Sink, Source};
 use crate::edges::Edges;
+use crate::fine_timer::FineTimer;
 use crate::segment::{Segment, readv, writev};
 
 /// Bytes in one segment of a receive: the most that one `read` of a virtio port gives.
@@ -72,6 +74,7 @@ pub struct FdLink {
     /// What part of `outbound` is yet to be written.
     pending: Range<usize>,
     needs: Needs,
+    pace: Option<Pace>,
 }
 
 impl FdLink {
@@ -102,6 +105,7 @@ impl FdLink {
             outbound: vec![0; CHUNK].into(),
             pending: 0..0,
             needs: Needs::default(),
+            pace: None,
         })
     }
 
@@ -131,6 +135,23 @@ impl FdLink {
     fn watch_writable(&mut self, writable: bool) -> io::Result<()> {
         let out = self.out.as_ref().unwrap_or(&self.fd);
         self.watch.watch_writable(out.as_fd(), writable)
+    }
+
+    fn is_pausing(&self) -> bool {
+        let pausing = |pace: &Pace| pace.phase == Phase::Pausing;
+        self.pace.as_ref().is_some_and(pausing)
+    }
+
+    /// Begins a pause, if something was read since the last one.
+    fn pause(&mut self) -> io::Result<()> {
+        match &mut self.pace {
+            Some(pace) if pace.phase == Phase::Reading => {
+                pace.timer.set(pace.pause)?;
+                pace.phase = Phase::Pausing;
+                self.watch.watch_readable(self.fd.as_fd(), false)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Writes what is pending; false if some of it is left.
@@ -166,7 +187,21 @@ impl Link for FdLink {
         CHUNK
     }
 
+    fn set_pace(&mut self, pause: Duration) {
+        // Without a timer it just wakes more often; and two descriptors are watched otherwise.
+        if let (None, Ok(timer)) = (&self.out, FineTimer::new()) {
+            self.pace = Some(Pace {
+                timer,
+                pause,
+                phase: Phase::Idle,
+            });
+        }
+    }
+
     fn receive(&mut self, sink: &mut Sink<'_>) -> io::Result<Progress> {
+        if self.is_pausing() {
+            return Ok(Progress::Wait);
+        }
         let mut pages = self.inbound.chunks_exact_mut(PAGE);
         let segments: [Segment<'_>; PAGES] =
             std::array::from_fn(|_| Segment::from_slice(pages.next().expect("PAGES pages")));
@@ -177,9 +212,15 @@ impl Link for FdLink {
             )),
             Ok(n) => {
                 sink(&[Segment::from_slice(&mut self.inbound[..n])]);
+                if let Some(pace) = &mut self.pace {
+                    pace.phase = Phase::Reading;
+                }
                 Ok(Progress::Again)
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Progress::Wait),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.pause()?;
+                Ok(Progress::Wait)
+            }
             Err(error) => Err(ended(error)),
         }
     }
@@ -202,8 +243,34 @@ impl Link for FdLink {
     }
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(pace) = &mut self.pace
+            && pace.phase == Phase::Pausing
+            && pace.timer.poll(cx).is_ready()
+        {
+            pace.phase = Phase::Idle;
+            // If that fails, so will whatever comes next.
+            let _ = self.watch.watch_readable(self.fd.as_fd(), true);
+            return Poll::Ready(());
+        }
         self.watch.poll_edge(cx)
     }
+}
+
+/// Lets bytes that come in very small pieces gather (see [`Link::set_pace`]).
+struct Pace {
+    timer: FineTimer,
+    pause: Duration,
+    phase: Phase,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Nothing has come since the last pause: the next byte is read at once.
+    Idle,
+    /// Some has.
+    Reading,
+    /// Nothing is read until the timer has run out.
+    Pausing,
 }
 
 /// Watches the link's descriptors.
@@ -243,6 +310,20 @@ impl Watch {
             writable: true,
             idle,
         })
+    }
+
+    /// Whether what comes on `fd`, the only descriptor, is to be told. Its end always is.
+    fn watch_readable(&mut self, fd: BorrowedFd<'_>, readable: bool) -> io::Result<()> {
+        self.idle = match readable {
+            true => Interest::READABLE,
+            false => Interest::PRIORITY,
+        };
+        let interest = match self.writable {
+            true => self.idle | Interest::WRITABLE,
+            false => self.idle,
+        };
+        let registry = self.edges.registry();
+        registry.reregister(&mut SourceFd(&fd.as_raw_fd()), Token(0), interest)
     }
 
     /// Whether room to write on `out`, the descriptor that is written, is to be told.
