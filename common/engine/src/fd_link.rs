@@ -32,6 +32,9 @@
 //! write: the port's driver wakes its waiters each time the host took a buffer, and those wake-ups mean
 //! nothing to an idle sender.
 //!
+//! **At a pace** ([`Link::set_pace`]): once all that came has been read, nothing is read, nor watched for, until a timer
+//! has run out. So a wake-up gets what has gathered, where bytes come one by one.
+//!
 //! The driver has a trap here: a `poll` of the port also reclaims sent buffers, and then the interrupt that
 //! announces them wakes nobody. That is harmless as long as every poll's answer reaches the one who
 //! waits for it. So nobody but this epoll may poll the port while a link waits to write;
