@@ -20,8 +20,8 @@ use virtproxy_tests::peer::{self, Caller, Pattern};
 use virtproxy_tests::scene::{Daemon, GUEST_PEER, SOON, new_address, program};
 
 /// How long each round is.
-const ROUND: Duration = Duration::from_secs(1);
-const ROUNDS: usize = 8;
+const ROUND: Duration = Duration::from_secs(2);
+const ROUNDS: usize = 5;
 
 /// The goal is 0.85 and more.
 const LEAST_SHARE: f64 = 0.85;

@@ -19,6 +19,7 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use crate::segment::Segment;
 
@@ -87,6 +88,10 @@ pub trait Link {
     fn min_room(&self) -> usize {
         4096
     }
+
+    /// Asks it to let so much time pass, after all that arrived was taken, before it looks again: for a channel whose bytes
+    /// come in ones and eights, each of which would be a wake-up. A link may not care.
+    fn set_pace(&mut self, _pause: Duration) {}
 
     /// Hands at most one batch of received bytes to `sink`. `Wait`: all that had arrived was handed over.
     fn receive(&mut self, sink: &mut Sink<'_>) -> io::Result<Progress>;

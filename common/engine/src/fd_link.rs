@@ -32,6 +32,9 @@
 //! write: the port's driver wakes its waiters each time the host took a buffer, and those wake-ups mean
 //! nothing to an idle sender.
 //!
+//! **At a pace** ([`Link::set_pace`]): once all that came has been read, nothing is read, nor watched for, until a timer
+//! has run out. So a wake-up gets what has gathered, where bytes come one by one.
+//!
 //! The driver has a trap here: a `poll` of the port also reclaims sent buffers, and then the interrupt that
 //! announces them wakes nobody. That is harmless as long as every poll's answer reaches the one who
 //! waits for it. So nobody but this epoll may poll the port while a link waits to write;
@@ -41,12 +44,14 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Token};
 
 use crate::channel::{Link, Needs, Progress, Sink, Source};
 use crate::edges::Edges;
+use crate::fine_timer::FineTimer;
 use crate::segment::{Segment, readv, writev};
 
 /// Bytes in one segment of a receive: the most that one `read` of a virtio port gives.
@@ -72,6 +77,7 @@ pub struct FdLink {
     /// What part of `outbound` is yet to be written.
     pending: Range<usize>,
     needs: Needs,
+    pace: Option<Pace>,
 }
 
 impl FdLink {
@@ -102,6 +108,7 @@ impl FdLink {
             outbound: vec![0; CHUNK].into(),
             pending: 0..0,
             needs: Needs::default(),
+            pace: None,
         })
     }
 
@@ -131,6 +138,23 @@ impl FdLink {
     fn watch_writable(&mut self, writable: bool) -> io::Result<()> {
         let out = self.out.as_ref().unwrap_or(&self.fd);
         self.watch.watch_writable(out.as_fd(), writable)
+    }
+
+    fn is_pausing(&self) -> bool {
+        let pausing = |pace: &Pace| pace.phase == Phase::Pausing;
+        self.pace.as_ref().is_some_and(pausing)
+    }
+
+    /// Begins a pause, if something was read since the last one.
+    fn pause(&mut self) -> io::Result<()> {
+        match &mut self.pace {
+            Some(pace) if pace.phase == Phase::Reading => {
+                pace.timer.set(pace.pause)?;
+                pace.phase = Phase::Pausing;
+                self.watch.watch_readable(self.fd.as_fd(), false)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Writes what is pending; false if some of it is left.
@@ -166,7 +190,21 @@ impl Link for FdLink {
         CHUNK
     }
 
+    fn set_pace(&mut self, pause: Duration) {
+        // Without a timer it just wakes more often; and two descriptors are watched otherwise.
+        if let (None, Ok(timer)) = (&self.out, FineTimer::new()) {
+            self.pace = Some(Pace {
+                timer,
+                pause,
+                phase: Phase::Idle,
+            });
+        }
+    }
+
     fn receive(&mut self, sink: &mut Sink<'_>) -> io::Result<Progress> {
+        if self.is_pausing() {
+            return Ok(Progress::Wait);
+        }
         let mut pages = self.inbound.chunks_exact_mut(PAGE);
         let segments: [Segment<'_>; PAGES] =
             std::array::from_fn(|_| Segment::from_slice(pages.next().expect("PAGES pages")));
@@ -177,9 +215,15 @@ impl Link for FdLink {
             )),
             Ok(n) => {
                 sink(&[Segment::from_slice(&mut self.inbound[..n])]);
+                if let Some(pace) = &mut self.pace {
+                    pace.phase = Phase::Reading;
+                }
                 Ok(Progress::Again)
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Progress::Wait),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.pause()?;
+                Ok(Progress::Wait)
+            }
             Err(error) => Err(ended(error)),
         }
     }
@@ -202,8 +246,34 @@ impl Link for FdLink {
     }
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(pace) = &mut self.pace
+            && pace.phase == Phase::Pausing
+            && pace.timer.poll(cx).is_ready()
+        {
+            pace.phase = Phase::Idle;
+            // If that fails, so will whatever comes next.
+            let _ = self.watch.watch_readable(self.fd.as_fd(), true);
+            return Poll::Ready(());
+        }
         self.watch.poll_edge(cx)
     }
+}
+
+/// Lets bytes that come in very small pieces gather (see [`Link::set_pace`]).
+struct Pace {
+    timer: FineTimer,
+    pause: Duration,
+    phase: Phase,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Nothing has come since the last pause: the next byte is read at once.
+    Idle,
+    /// Some has.
+    Reading,
+    /// Nothing is read until the timer has run out.
+    Pausing,
 }
 
 /// Watches the link's descriptors.
@@ -243,6 +313,20 @@ impl Watch {
             writable: true,
             idle,
         })
+    }
+
+    /// Whether what comes on `fd`, the only descriptor, is to be told. Its end always is.
+    fn watch_readable(&mut self, fd: BorrowedFd<'_>, readable: bool) -> io::Result<()> {
+        self.idle = match readable {
+            true => Interest::READABLE,
+            false => Interest::PRIORITY,
+        };
+        let interest = match self.writable {
+            true => self.idle | Interest::WRITABLE,
+            false => self.idle,
+        };
+        let registry = self.edges.registry();
+        registry.reregister(&mut SourceFd(&fd.as_raw_fd()), Token(0), interest)
     }
 
     /// Whether room to write on `out`, the descriptor that is written, is to be told.

@@ -26,10 +26,14 @@ use crate::segment::{Cursor, Segment};
 const BURST: usize = 4096;
 /// What one frame may add to that, and all control bytes.
 const LONGEST_FRAME: usize = 640;
-/// Room offered to the session.
-const ROOM: usize = 1024;
+/// Room offered to the session: for one turn of a stream, behind a few control frames.
+const ROOM: usize = 1536;
 /// What a stream may send in one turn while others wait: 10 ms of a line of 100 kB/s.
 const TURN: u32 = 1024;
+/// How long bytes may gather. The driver of a 16550 gets eight at a time; QEMU writes each single one to its chardev's socket,
+/// and the kernel lets fewer than 300 of those wait there.
+const PACE_AT_CHIP: Duration = Duration::from_millis(2);
+const PACE_AT_SOCKET: Duration = Duration::from_micros(300);
 
 /// See the [module](self).
 pub struct LossyLink {
@@ -47,7 +51,11 @@ pub struct LossyLink {
 
 impl LossyLink {
     /// A new incarnation of this end, over `inner`, whose speed (in bits a second) it may know.
-    pub fn new(inner: Box<dyn Link>, speed: Option<u32>) -> io::Result<Self> {
+    pub fn new(mut inner: Box<dyn Link>, speed: Option<u32>) -> io::Result<Self> {
+        inner.set_pace(match speed {
+            Some(_) => PACE_AT_CHIP,
+            None => PACE_AT_SOCKET,
+        });
         let id = getrandom::u64().map_err(io::Error::other)?;
         Ok(LossyLink {
             inner,

@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use crate::channel::{Link, Needs, Progress, Sink, Source};
 use crate::fd_link::FdLink;
@@ -69,6 +70,10 @@ impl Link for TtyLink {
 
     fn min_room(&self) -> usize {
         self.link.min_room()
+    }
+
+    fn set_pace(&mut self, pause: Duration) {
+        self.link.set_pace(pause);
     }
 
     fn receive(&mut self, sink: &mut Sink<'_>) -> io::Result<Progress> {

@@ -88,7 +88,7 @@ impl Drop for Machine {
 fn damaged(bytes: &mut [u8], damage: u32, count: &mut u32) {
     for byte in bytes {
         *count = count.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        if damage > 0 && (*count >> 8).is_multiple_of(damage) {
+        if (*count >> 8).checked_rem(damage) == Some(0) {
             *byte ^= 4;
         }
     }

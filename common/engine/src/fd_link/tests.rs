@@ -177,6 +177,42 @@ fn a_small_socket_buffer_makes_every_write_short() {
 }
 
 #[test]
+fn at_a_pace_bulk_still_arrives_whole() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let total = 4 << 20;
+    let peer = peer(theirs.try_clone().unwrap(), theirs, total);
+    let paced = || {
+        let mut link = FdLink::new(ours.into())?;
+        link.set_pace(Duration::from_micros(300));
+        Ok(link)
+    };
+    transfer_over(paced, total);
+    peer.join().unwrap();
+}
+
+#[test]
+fn at_a_pace_single_bytes_gather() {
+    const BYTES: usize = 200;
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let mut driver = Driver::new(BYTES);
+    driver.sent = BYTES;
+    let writer = thread::spawn(move || {
+        for byte in stream(0, BYTES) {
+            theirs.write_all(&[byte]).unwrap();
+            thread::sleep(Duration::from_micros(100));
+        }
+    });
+    runtime().block_on(async {
+        let mut link = FdLink::new(ours.into()).unwrap();
+        link.set_pace(Duration::from_millis(100));
+        driver.run(&mut link).await.unwrap_err();
+    });
+    writer.join().unwrap();
+    assert_eq!(driver.received, BYTES);
+    assert!(driver.wakes < BYTES / 4, "{} wake-ups", driver.wakes);
+}
+
+#[test]
 fn two_pipes_are_as_good_as_a_socket() {
     let (link_reads, peer_writes) = io::pipe().unwrap();
     let (peer_reads, link_writes) = io::pipe().unwrap();

@@ -156,11 +156,11 @@ impl Sender {
 
     /// Makes a frame of what waits; its place.
     fn cut_frame(&mut self) -> Option<usize> {
-        if self.backlog.is_empty() {
-            return None;
-        }
         if !self.has_room() {
             self.limited = true;
+            return None;
+        }
+        if self.backlog.is_empty() {
             return None;
         }
         let len = self.backlog.len().min(self.cut());
@@ -176,7 +176,7 @@ impl Sender {
     }
 
     fn transmit(&mut self, now: Time, at: usize, ask: bool) -> Data<'_> {
-        let quarter = self.window / 4;
+        let half = self.window / 2;
         let frame = &mut self.frames[at];
         let len = frame.payload.len();
         if frame.fate == Fate::Lost {
@@ -186,7 +186,7 @@ impl Sender {
             self.retransmissions += 1;
         }
         self.unasked += len;
-        let ask = ask || self.unasked >= quarter;
+        let ask = ask || self.unasked >= half;
         if ask {
             self.unasked = 0;
         }
