@@ -4,7 +4,7 @@
 //!
 //! The inner link carries bytes, as it can. Frames are made only when it offers room, so that as little as possible lies
 //! in queues: what the session decides to send next (the answer to a small request, before the bulk) is then the
-//! next on the line. At most [`BURST`] bytes are made for one offer.
+//! next on the line. At most `BURST` bytes are made for one offer.
 //!
 //! One timer wakes the driver for what is due without anything having arrived: a HELLO, a retransmission, an
 //! acknowledgement. While the inner link has no room it is not set, for nothing could be sent.
