@@ -1,6 +1,9 @@
 //! What the tests with real guests share: a guest with its agent and its daemon ([`scene`]), a service to talk to at
-//! either end ([`peer`]), and what to measure ([`measure`]).
+//! either end ([`peer`]), what can go wrong in between ([`tap`]), certificates ([`creds`]), and what to measure
+//! ([`measure`]).
 
+pub mod creds;
 pub mod measure;
 pub mod peer;
 pub mod scene;
+pub mod tap;

@@ -10,9 +10,12 @@
 //! | `DISCARD` | reads to end of file, then answers with the number of bytes as 8 bytes, little-endian |
 //! | `ZEROS n` | sends `n` zero bytes, then closes |
 //! | `FLOOD seed` | sends a pattern until the client goes away |
+//! | `CHECK seed` | reads to end of file, and prints `WRONG ...` if that is not the beginning of the pattern |
+//! | `LAST word` | closes its sending side, reads to end of file, and prints `LAST word n` with the number of bytes |
 
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -20,6 +23,9 @@ use sha2::{Digest, Sha256};
 
 /// Bytes moved in one go.
 const CHUNK: usize = 64 * 1024;
+
+/// What has not moved for so long hangs.
+const STUCK: Duration = Duration::from_secs(120);
 
 /// A SHA-256.
 pub type Hash = [u8; 32];
@@ -89,6 +95,17 @@ fn attend(client: &TcpStream) -> Result<()> {
         ["FLOOD", seed] => {
             send_pattern(&mut writer, seed.parse()?, u64::MAX)?;
         }
+        ["CHECK", seed] => {
+            let end = Arrival::new(seed.parse()?).read_all(&mut reader, || false);
+            if let Err(wrong) = end {
+                println!("WRONG {wrong:#}");
+            }
+        }
+        ["LAST", word] => {
+            client.shutdown(Shutdown::Write)?;
+            let (_, n) = hash_all(&mut reader)?;
+            println!("LAST {word} {n}");
+        }
         _ => anyhow::bail!("unknown request {line:?}"),
     }
     Ok(())
@@ -122,14 +139,116 @@ pub fn hash_all(reader: &mut impl Read) -> Result<(Hash, u64)> {
     }
 }
 
+/// What arrives of a pattern that may be cut off at any byte.
+struct Arrival {
+    seed: u64,
+    pattern: Pattern,
+    expected: Vec<u8>,
+    /// How much of `expected` has come.
+    at: usize,
+    len: u64,
+}
+
+impl Arrival {
+    fn new(seed: u64) -> Self {
+        let expected = vec![0; CHUNK];
+        Arrival {
+            seed,
+            pattern: Pattern::new(seed),
+            at: expected.len(),
+            expected,
+            len: 0,
+        }
+    }
+
+    /// Reads until the other side ends or breaks off, or `done`; how many bytes came. An error is a byte that was
+    /// never sent.
+    fn read_all(mut self, reader: &mut impl Read, done: impl Fn() -> bool) -> Result<u64> {
+        let mut buf = vec![0; CHUNK];
+        while !done() {
+            if self.at == self.expected.len() {
+                self.pattern.fill(&mut self.expected);
+                self.at = 0;
+            }
+            let expected = &self.expected[self.at..];
+            let n = match reader.read(&mut buf[..expected.len()]) {
+                Ok(0) => break,
+                Ok(n) => n,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(_) => break,
+            };
+            let same = std::iter::zip(&buf[..n], expected).take_while(|(a, b)| a == b);
+            let same = same.count();
+            ensure!(
+                same == n,
+                "byte {} of stream {} was never sent",
+                self.len + same as u64,
+                self.seed
+            );
+            self.at += n;
+            self.len += n as u64;
+        }
+        Ok(self.len)
+    }
+}
+
+/// Reads an endless pattern until it breaks off, or `done`. An error is a byte that was never sent.
+pub fn watch(address: &str, seed: u64, done: &AtomicBool) -> Result<u64> {
+    let mut stream = request(address, &format!("FLOOD {seed}"))?;
+    stream.set_read_timeout(Some(Duration::from_millis(100)))?;
+    Arrival::new(seed).read_all(&mut stream, || done.load(Ordering::Relaxed))
+}
+
+/// Sends an endless pattern until it breaks off, or `done`; the service checks it.
+pub fn feed(address: &str, seed: u64, done: &AtomicBool) -> Result<u64> {
+    let mut stream = request(address, &format!("CHECK {seed}"))?;
+    stream.set_write_timeout(Some(Duration::from_millis(100)))?;
+    let (mut pattern, mut buf, mut at, mut len) = (Pattern::new(seed), vec![0; CHUNK], CHUNK, 0);
+    while !done.load(Ordering::Relaxed) {
+        if at == CHUNK {
+            pattern.fill(&mut buf);
+            at = 0;
+        }
+        match stream.write(&buf[at..]) {
+            Ok(n) => {
+                at += n;
+                len += n as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => break,
+        }
+    }
+    Ok(len)
+}
+
 /// Connects and says what for.
 pub fn request(address: &str, line: &str) -> Result<TcpStream> {
     let mut stream =
         TcpStream::connect(address).with_context(|| format!("cannot connect to {address}"))?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(Duration::from_secs(120)))?;
+    stream.set_read_timeout(Some(STUCK))?;
+    stream.set_write_timeout(Some(STUCK))?;
     writeln!(stream, "{line}")?;
     Ok(stream)
+}
+
+/// Sends `n` bytes and closes the sending side: the service knows their number, and its answer still comes.
+pub fn half_close(address: &str, n: usize) -> Result<()> {
+    let mut stream = request(address, "DISCARD")?;
+    stream.write_all(&vec![1; n])?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut told = [0; 8];
+    stream.read_exact(&mut told)?;
+    ensure!(told == (n as u64).to_le_bytes(), "not {n} bytes came");
+    Ok(())
+}
+
+/// The service closes its sending side first, and only then `n` bytes are sent to it; it prints `LAST word n`.
+pub fn last_word(address: &str, word: &str, n: usize) -> Result<()> {
+    let mut stream = request(address, &format!("LAST {word}"))?;
+    ensure!(stream.read(&mut [0])? == 0, "a byte came that nobody sent");
+    stream.write_all(&vec![1; n])?;
+    Ok(())
 }
 
 /// Gets `n` bytes from the service and checks their SHA-256 against what the service says it sent.
@@ -178,6 +297,13 @@ impl Caller {
     /// Connects.
     pub fn new(address: &str) -> Result<Self> {
         Ok(Caller(request(address, "ECHO")?))
+    }
+
+    /// Connects, and lets each answer take `limit` at most.
+    pub fn within(address: &str, limit: Duration) -> Result<Self> {
+        let caller = Self::new(address)?;
+        caller.0.set_read_timeout(Some(limit))?;
+        Ok(caller)
     }
 
     /// Sends `message` and waits for it to come back.

@@ -18,6 +18,9 @@ use std::time::{Duration, Instant};
 
 const CRATE: &str = "vhost-device-vsock";
 const VERSION: &str = "0.3.0";
+/// What the guest may send before it must be told that some was taken. That message can get lost in this device, and
+/// with its default of 64 KiB a guest that only sends then waits for ever; but every message to the guest tells it too.
+const BUFFER: u32 = 8 << 20;
 /// How long it may take until it listens.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
@@ -41,7 +44,7 @@ impl VsockDevice {
         command
             .arg("--vm")
             .arg(format!(
-                "guest-cid={cid},socket={},uds-path={}",
+                "guest-cid={cid},socket={},uds-path={},tx-buffer-size={BUFFER}",
                 socket.display(),
                 uds.display()
             ))

@@ -8,6 +8,8 @@
 //! * `peer line DEVICE SECONDS in|out|both`: reads from a serial line in raw mode, writes to it, or both, and prints how many
 //!   bytes came in, and in how many microseconds.
 //! * `peer other-version PORT-DEVICE`: opens the port and greets with protocol version 9 only.
+//! * `peer tap-vsock FAULTS LISTEN CONNECT`: stands between two vsock ports of this machine, see `virtproxy_tests::tap`.
+//! * `peer tap-before FAULTS COMMAND...`: stands before a command's standard input and output.
 
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
@@ -19,6 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use virtproxy_mux::Hello;
 use virtproxy_tests::peer;
+use virtproxy_tests::tap::{self, Faults};
 
 fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -45,7 +48,13 @@ fn main() -> Result<()> {
         }
         ["line", device, seconds, way] => line(device, Duration::from_secs(seconds.parse()?), way),
         ["other-version", device] => other_version(device),
-        _ => bail!("usage: peer serve|download|upload|echo|stall|full|hold|line|other-version ..."),
+        ["tap-vsock", faults, listen, connect] => {
+            tap::run_between_vsock(listen.parse()?, connect.parse()?, Faults(faults.into()))
+        }
+        ["tap-before", faults, ref command @ ..] => tap::run_before(command, Faults(faults.into())),
+        _ => bail!(
+            "usage: peer serve|download|upload|echo|stall|full|hold|line|other-version|tap-... ..."
+        ),
     }
 }
 
