@@ -127,7 +127,7 @@ impl MuxPort {
         let room = beside.room();
         let (device, ports) = Device::start(&spec.addr, specs, room).map_err(io::Error::other)?;
         info!(
-            "{spec}: QEMU's -device line must say num_vqs={}, for up to {room} ports",
+            "{spec}: QEMU's -device line must say num_vqs={}",
             device.queues()
         );
         let beside_mux = Rc::new(Ports::new(device, MUX_PORT));

@@ -69,7 +69,7 @@ fn wrong_flags_and_taken_places_have_fixed_exit_codes() -> Result<()> {
     virtproxy_tests::scene::wait_for(SOON, || socket.exists())?;
     let free = format!("vhost-user:{}:-", folder.join("free.sock").display());
     let cases: [(&[&str], i32, &[&str]); 15] = [
-        (&[], 2, &["-c <METHOD:ADDR:PORT"]),
+        (&[], 2, &["--channel <METHOD:ADDR:PORT"]),
         (
             &["-c", "vhost-usr:/run/vp.sock:-"],
             2,
@@ -171,7 +171,7 @@ fn a_wrong_qemu_line_is_told_its_cure() -> Result<()> {
             num_vqs: 2,
             ..right.clone()
         },
-        "num_vqs=4",
+        "has too few queues, its guest will not find the port: say num_vqs=4",
     )?;
     wrong_device(
         &DeviceOptions {
@@ -186,7 +186,7 @@ fn a_wrong_qemu_line_is_told_its_cure() -> Result<()> {
             num_vqs: 6,
             ..right
         },
-        "num_vqs=4",
+        "has too many queues: say num_vqs=4",
     )
 }
 
