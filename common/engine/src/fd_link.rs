@@ -32,8 +32,9 @@
 //! write: the port's driver wakes its waiters each time the host took a buffer, and those wake-ups mean
 //! nothing to an idle sender.
 //!
-//! **At a pace** ([`Link::set_pace`]): once all that came has been read, nothing is read, nor watched for, until a timer
-//! has run out. So a wake-up gets what has gathered, where bytes come one by one.
+//! **At a pace** ([`Link::set_pace`]): after each read, but one that filled the buffer, nothing is read, nor watched for, until
+//! a timer has run out. So a wake-up gets what has gathered, where bytes come one by one and never stop for long enough to
+//! see `EAGAIN`.
 //!
 //! The driver has a trap here: a `poll` of the port also reclaims sent buffers, and then the interrupt that
 //! announces them wakes nobody. That is harmless as long as every poll's answer reaches the one who
@@ -140,20 +141,16 @@ impl FdLink {
         self.watch.watch_writable(out.as_fd(), writable)
     }
 
-    fn is_pausing(&self) -> bool {
-        let pausing = |pace: &Pace| pace.phase == Phase::Pausing;
-        self.pace.as_ref().is_some_and(pausing)
-    }
-
-    /// Begins a pause, if something was read since the last one.
-    fn pause(&mut self) -> io::Result<()> {
+    /// After a read of `n` bytes: begins a pause, if there is a pace.
+    fn pause(&mut self, n: usize) -> io::Result<Progress> {
         match &mut self.pace {
-            Some(pace) if pace.phase == Phase::Reading => {
+            Some(pace) if n < self.inbound.len() => {
                 pace.timer.set(pace.pause)?;
-                pace.phase = Phase::Pausing;
-                self.watch.watch_readable(self.fd.as_fd(), false)
+                pace.pausing = true;
+                self.watch.watch_readable(self.fd.as_fd(), false)?;
+                Ok(Progress::Wait)
             }
-            _ => Ok(()),
+            _ => Ok(Progress::Again),
         }
     }
 
@@ -196,13 +193,13 @@ impl Link for FdLink {
             self.pace = Some(Pace {
                 timer,
                 pause,
-                phase: Phase::Idle,
+                pausing: false,
             });
         }
     }
 
     fn receive(&mut self, sink: &mut Sink<'_>) -> io::Result<Progress> {
-        if self.is_pausing() {
+        if self.pace.as_ref().is_some_and(|pace| pace.pausing) {
             return Ok(Progress::Wait);
         }
         let mut pages = self.inbound.chunks_exact_mut(PAGE);
@@ -215,15 +212,9 @@ impl Link for FdLink {
             )),
             Ok(n) => {
                 sink(&[Segment::from_slice(&mut self.inbound[..n])]);
-                if let Some(pace) = &mut self.pace {
-                    pace.phase = Phase::Reading;
-                }
-                Ok(Progress::Again)
+                self.pause(n)
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                self.pause()?;
-                Ok(Progress::Wait)
-            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Progress::Wait),
             Err(error) => Err(ended(error)),
         }
     }
@@ -247,10 +238,10 @@ impl Link for FdLink {
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Some(pace) = &mut self.pace
-            && pace.phase == Phase::Pausing
+            && pace.pausing
             && pace.timer.poll(cx).is_ready()
         {
-            pace.phase = Phase::Idle;
+            pace.pausing = false;
             // If that fails, so will whatever comes next.
             let _ = self.watch.watch_readable(self.fd.as_fd(), true);
             return Poll::Ready(());
@@ -263,17 +254,8 @@ impl Link for FdLink {
 struct Pace {
     timer: FineTimer,
     pause: Duration,
-    phase: Phase,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    /// Nothing has come since the last pause: the next byte is read at once.
-    Idle,
-    /// Some has.
-    Reading,
-    /// Nothing is read until the timer has run out.
-    Pausing,
+    /// Nothing is read until the timer has run out. Else the next byte is read at once.
+    pausing: bool,
 }
 
 /// Watches the link's descriptors.
