@@ -24,8 +24,8 @@ const ROUND: Duration = Duration::from_secs(2);
 const ROUNDS: usize = 5;
 
 /// The goodput that must be reached, of the bare line's: to the host, to the guest, and both at once. The goal is 0.85 each; to
-/// the host it is not reached on two processors that emulate two more (0.50 to 0.80 was seen).
-const LEAST_SHARE: [f64; 3] = [0.35, 0.6, 0.8];
+/// the host it is not reached on two processors that emulate two more (0.57 to 0.77 was seen; ARCHITECTURE.md says why).
+const LEAST_SHARE: [f64; 3] = [0.4, 0.7, 0.85];
 /// How long bulk runs, and the longest time without any of it.
 const LONG: Duration = Duration::from_secs(120);
 const STALL: Duration = Duration::from_secs(2);

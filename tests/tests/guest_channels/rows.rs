@@ -42,7 +42,9 @@ pub(crate) enum Tap {
 }
 
 const BULK: u64 = 16 << 20;
-const SLOW: u64 = 96 << 10;
+/// Where the emulated guest encrypts, or handles each byte.
+const SLOW: u64 = 4 << 20;
+const SERIAL: u64 = 96 << 10;
 /// vhost-device-vsock 0.3.0 stalls in longer transfers, of socat as well.
 const SHORT: u64 = 1 << 20;
 
@@ -142,14 +144,17 @@ pub(crate) fn all(bench: &Bench) -> Result<Vec<Row>> {
             "virtserial-open:/dev/virtio-ports/listens:-",
         )?,
         chardev_connects(bench)?,
-        chardev_listens(
-            bench,
-            "unix-connect, virtconsole",
-            "console",
-            "virtserial-open:/dev/hvc0:-",
-        )?,
         Row {
             bulk: SLOW,
+            ..chardev_listens(
+                bench,
+                "unix-connect, virtconsole",
+                "console",
+                "virtserial-open:/dev/hvc0:-",
+            )?
+        },
+        Row {
+            bulk: SERIAL,
             repairs: true,
             ..chardev_listens(
                 bench,
@@ -158,9 +163,18 @@ pub(crate) fn all(bench: &Bench) -> Result<Vec<Row>> {
                 "isa-serial-open:/dev/ttyS2:115200",
             )?
         },
-        tcp_to_guest(bench)?,
-        tls_to_guest(bench)?,
-        tcp_from_guest(bench)?,
+        Row {
+            bulk: SLOW,
+            ..tcp_to_guest(bench)?
+        },
+        Row {
+            bulk: SLOW,
+            ..tls_to_guest(bench)?
+        },
+        Row {
+            bulk: SLOW,
+            ..tcp_from_guest(bench)?
+        },
         Row {
             bulk: SHORT,
             ..hvsock(bench)?
@@ -170,7 +184,10 @@ pub(crate) fn all(bench: &Bench) -> Result<Vec<Row>> {
             ..vsock_from_guest(bench)?
         },
         vsock_within(bench)?,
-        exec(bench)?,
+        Row {
+            bulk: SLOW,
+            ..exec(bench)?
+        },
     ])
 }
 

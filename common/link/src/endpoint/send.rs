@@ -21,7 +21,7 @@ use super::{Time, Violation};
 use crate::frame::{Ack, Data, MAX_FRAMES, MAX_PAYLOAD};
 
 /// The round trip that the window is steered to, in microseconds.
-const TARGET: Time = 40_000;
+const TARGET: Time = 60_000;
 /// The timer's bounds, and its start, in microseconds.
 const MIN_TIMEOUT: Time = 50_000;
 const MAX_TIMEOUT: Time = 1_000_000;
