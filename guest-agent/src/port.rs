@@ -21,8 +21,9 @@
 //! it wakes whoever waits for the port to be writable. The link's own epoll turns that into one wake-up
 //! (see [`virtproxy_engine::fd_link`]); a slow second look covers a driver that forgot to wake us.
 //!
-//! **A console** (`/dev/hvcN`: QEMU's `virtconsole`) is a terminal and not a port. It is put in raw mode and carries the
-//! same frames, but says nothing of the host's comings and goings: its frames are sealed, and it is not waited for.
+//! **A console** (`/dev/hvcN`: QEMU's `virtconsole`) is a terminal and not a port. It is put in raw mode. It says nothing of
+//! the host's comings and goings, so it is not waited for; and what QEMU's chardev does not take at once is dropped
+//! (`flush_buf` of hw/char/virtio-console.c), so it is used as a serial line is, with the link layer below the session.
 //!
 //! **Pauses** between attempts are those of [`virtproxy_engine::pauses`].
 
@@ -39,6 +40,7 @@ use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 use virtproxy_engine::channel::{BoxFuture, Channel, Link};
 use virtproxy_engine::fd_link::FdLink;
+use virtproxy_engine::lossy_link::LossyLink;
 use virtproxy_engine::pauses::Pauses;
 use virtproxy_engine::spec::ChannelSpec;
 use virtproxy_engine::tty::{TtyError, TtyLink};
@@ -106,10 +108,12 @@ impl PortChannel {
         let node = find(&self.roots, &self.addr)?;
         let port = open_node(&node)?;
         if port.is_terminal() {
-            let link = TtyLink::new(port, None);
-            let link = link.map_err(|error| Obstacle::from_terminal(&node, error))?;
+            let line =
+                TtyLink::new(port, None).map_err(|error| Obstacle::from_terminal(&node, error))?;
+            let line = LossyLink::new(Box::new(line), None)
+                .map_err(|error| Obstacle::from_open(&node, &error))?;
             self.has_opened(&node);
-            return Ok(Box::new(link.sealed()));
+            return Ok(Box::new(line));
         }
         let mut link = FdLink::new(port).map_err(|error| Obstacle::from_watch(&node, &error))?;
         self.has_opened(&node);

@@ -54,13 +54,6 @@ impl TtyLink {
             _mode: mode,
         })
     }
-
-    /// The same link, over which every frame is sealed.
-    #[must_use]
-    pub fn sealed(mut self) -> Self {
-        self.link = self.link.sealed();
-        self
-    }
 }
 
 impl Link for TtyLink {

@@ -2,7 +2,6 @@
 //! What only a virtio port does is tested in a real guest.
 
 use std::fs::File;
-use std::io::{Read, Write};
 use std::os::fd::FromRawFd;
 use std::os::unix::fs::symlink;
 use std::ptr::null_mut;
@@ -243,7 +242,7 @@ fn what_is_no_device_is_refused_at_once() {
 #[test]
 fn a_port_that_comes_later_is_opened_and_carries_bytes() {
     let machine = Machine::new();
-    let (mut host, port) = terminal();
+    let (host, port) = terminal();
     let mut channel = machine.channel(NAME);
     assert_eq!(channel.name(), "virtserial-open:org.virtproxy.0:-");
     run(async {
@@ -257,27 +256,42 @@ fn a_port_that_comes_later_is_opened_and_carries_bytes() {
         symlink(&port, machine.dev("vport1p1")).unwrap();
         let link = timeout(Duration::from_secs(5), channel.open()).await;
         let mut link = link.unwrap().unwrap();
-        host.write_all(b"to guest").unwrap();
-        poll_fn(|cx| link.poll_ready(cx)).await;
-        let mut got = vec![0; 8];
-        let mut sink =
-            |segments: &[Segment<'_>]| assert_eq!(Cursor::new(segments).read(&mut got), 8);
-        while link.receive(&mut sink).unwrap() == Progress::Again {}
-        assert_eq!(got, b"to guest");
-
-        let mut words = Some(b"from guest");
-        let mut source = |segments: &[Segment<'_>]| match words.take() {
-            Some(words) => {
-                Cursor::new(segments).write(words);
-                words.len()
+        // A terminal is taken for a console, on which the link layer is spoken.
+        let host = FdLink::new(host.into()).unwrap();
+        let mut host = LossyLink::new(Box::new(host), None).unwrap();
+        let (mut to_guest, mut from_guest) = (Vec::new(), Vec::new());
+        let exchange = async {
+            let (mut there, mut back) = (Some("to guest"), Some("from guest"));
+            while to_guest != b"to guest" || from_guest != b"from guest" {
+                turn(&mut host, &mut there, &mut from_guest);
+                turn(&mut *link, &mut back, &mut to_guest);
+                tokio::select! {
+                    () = poll_fn(|cx| host.poll_ready(cx)) => {}
+                    () = poll_fn(|cx| link.poll_ready(cx)) => {}
+                }
             }
-            None => 0,
         };
-        while link.send(&mut source).unwrap() == Progress::Again {}
-        let mut got = [0; 10];
-        host.read_exact(&mut got).unwrap();
-        assert_eq!(&got, b"from guest");
+        timeout(Duration::from_secs(5), exchange).await.unwrap();
     });
+}
+
+/// Receives what has come and sends `words`, once.
+fn turn(link: &mut dyn Link, words: &mut Option<&str>, got: &mut Vec<u8>) {
+    let mut sink = |segments: &[Segment<'_>]| {
+        let mut cursor = Cursor::new(segments);
+        let old = got.len();
+        got.resize(old + cursor.remaining(), 0);
+        cursor.read(&mut got[old..]);
+    };
+    while link.receive(&mut sink).unwrap() == Progress::Again {}
+    let mut source = |segments: &[Segment<'_>]| match words.take() {
+        Some(words) => {
+            Cursor::new(segments).write(words.as_bytes());
+            words.len()
+        }
+        None => 0,
+    };
+    while link.send(&mut source).unwrap() == Progress::Again {}
 }
 
 #[test]

@@ -146,6 +146,7 @@ pub(crate) fn all(bench: &Bench) -> Result<Vec<Row>> {
         chardev_connects(bench)?,
         Row {
             bulk: SLOW,
+            repairs: true,
             ..chardev_listens(
                 bench,
                 "unix-connect, virtconsole",
