@@ -142,6 +142,10 @@ impl Between {
     }
 
     fn serve(&self, client: &Socket, other: &Socket) -> io::Result<()> {
+        for side in [client, other] {
+            // What is small goes on at once, as it does without a tap. Only TCP knows of anything else.
+            let _ = side.set_tcp_nodelay(true);
+        }
         if self.after_a_line {
             pass_a_line(client, other)?;
             pass_a_line(other, client)?;
