@@ -5,5 +5,6 @@
 pub mod creds;
 pub mod measure;
 pub mod peer;
+pub mod relay;
 pub mod scene;
 pub mod tap;

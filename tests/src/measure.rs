@@ -47,6 +47,18 @@ impl fmt::Display for Latencies {
     }
 }
 
+/// Middle, smallest and largest of some figures, as a cell of a table.
+pub fn spread(mut figures: Vec<f64>) -> String {
+    figures.sort_by(f64::total_cmp);
+    let middle = figures.len() / 2;
+    match (figures.first(), figures.get(middle), figures.last()) {
+        (Some(first), Some(middle), Some(last)) => {
+            format!("{middle:.0} ({first:.0} to {last:.0})")
+        }
+        _ => "-".to_owned(),
+    }
+}
+
 /// A shell line that prints what the process `pid` uses: descriptors, resident KiB, and nanoseconds of CPU time of
 /// all its threads. It runs on the host as well as in a guest.
 pub fn usage_script(pid: &str) -> String {

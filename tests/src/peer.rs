@@ -12,6 +12,14 @@
 //! | `FLOOD seed` | sends a pattern until the client goes away |
 //! | `CHECK seed` | reads to end of file, and prints `WRONG ...` if that is not the beginning of the pattern |
 //! | `LAST word` | closes its sending side, reads to end of file, and prints `LAST word n` with the number of bytes |
+//!
+//! After these the connection goes on with the next line:
+//!
+//! | line | what the service does |
+//! | --- | --- |
+//! | `TAKE n` | reads `n` bytes, then answers with one |
+//! | `GIVE n` | sends `n` zero bytes |
+//! | `BOUNCE n size` | sends back `n` messages of `size` bytes |
 
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -63,20 +71,54 @@ pub fn serve(listener: &TcpListener) {
 fn attend(client: &TcpStream) -> Result<()> {
     client.set_nodelay(true)?;
     let mut reader = BufReader::with_capacity(CHUNK, client);
+    while converse(&mut reader, client)? {}
+    Ok(())
+}
+
+/// Does what the client's next line says; whether there may be another.
+fn converse(reader: &mut BufReader<&TcpStream>, client: &TcpStream) -> Result<bool> {
     let mut line = String::new();
     reader.read_line(&mut line)?;
     let words: Vec<_> = line.split_whitespace().collect();
     let mut writer = client;
     match words[..] {
+        ["TAKE", n] => {
+            let (mut buf, mut left) = (vec![0; 4 * CHUNK], n.parse()?);
+            while left > 0 {
+                let most = buf.len().min(left);
+                let n = reader.read(&mut buf[..most])?;
+                ensure!(n > 0, "cut off");
+                left -= n;
+            }
+            writer.write_all(b"!")?;
+            return Ok(true);
+        }
+        ["GIVE", n] => {
+            let (buf, mut left) = (vec![0; 4 * CHUNK], n.parse()?);
+            while left > 0 {
+                let most = buf.len().min(left);
+                writer.write_all(&buf[..most])?;
+                left -= most;
+            }
+            return Ok(true);
+        }
+        ["BOUNCE", n, size] => {
+            let mut message = vec![0; size.parse()?];
+            for _ in 0..n.parse::<u64>()? {
+                reader.read_exact(&mut message)?;
+                writer.write_all(&message)?;
+            }
+            return Ok(true);
+        }
         ["ECHO"] => {
-            io::copy(&mut reader, &mut writer)?;
+            io::copy(reader, &mut writer)?;
         }
         ["SOURCE", n, seed] => {
             let hash = send_pattern(&mut writer, seed.parse()?, n.parse()?)?;
             writer.write_all(&hash)?;
         }
         ["SINK"] => {
-            let (hash, _) = hash_all(&mut reader)?;
+            let (hash, _) = hash_all(reader)?;
             writer.write_all(&hash)?;
         }
         ["DISCARD"] => {
@@ -96,19 +138,20 @@ fn attend(client: &TcpStream) -> Result<()> {
             send_pattern(&mut writer, seed.parse()?, u64::MAX)?;
         }
         ["CHECK", seed] => {
-            let end = Arrival::new(seed.parse()?).read_all(&mut reader, || false);
+            let end = Arrival::new(seed.parse()?).read_all(reader, || false);
             if let Err(wrong) = end {
                 println!("WRONG {wrong:#}");
             }
         }
         ["LAST", word] => {
             client.shutdown(Shutdown::Write)?;
-            let (_, n) = hash_all(&mut reader)?;
+            let (_, n) = hash_all(reader)?;
             println!("LAST {word} {n}");
         }
+        [] => {}
         _ => anyhow::bail!("unknown request {line:?}"),
     }
-    Ok(())
+    Ok(false)
 }
 
 /// Writes `n` bytes of the pattern of `seed`; their hash.

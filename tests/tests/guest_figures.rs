@@ -7,7 +7,7 @@ use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use virtproxy_tests::measure::Latencies;
+use virtproxy_tests::measure::{Latencies, spread};
 use virtproxy_tests::peer::{self, Caller};
 use virtproxy_tests::scene::Scene;
 
@@ -42,17 +42,6 @@ fn from_guest(address: &str) -> Result<()> {
     }
     ensure!(len == BULK, "not all bytes came");
     Ok(())
-}
-
-/// Smallest, middle and largest of some figures, as a cell of the table.
-fn spread(mut figures: Vec<f64>) -> String {
-    figures.sort_by(f64::total_cmp);
-    format!(
-        "{:.0} ({:.0} to {:.0})",
-        figures[figures.len() / 2],
-        figures[0],
-        figures[figures.len() - 1]
-    )
 }
 
 #[test]

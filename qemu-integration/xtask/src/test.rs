@@ -86,7 +86,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     })?;
     // Figures are asked for by name: nothing of them can fail.
     let figures: &[&str] = match arguments.arguments.is_empty() {
-        true => &["--skip", "figures_for_the_readme"],
+        true => &["--skip", "figures_"],
         false => &[],
     };
     steps.command(
