@@ -89,8 +89,8 @@ pub trait Link {
         4096
     }
 
-    /// Asks it to let so much time pass, after all that arrived was taken, before it looks again: for a channel whose bytes
-    /// come in ones and eights, each of which would be a wake-up. A link may not care.
+    /// Asks it to let so much time pass after each small read before it looks again: for a channel whose bytes come in ones
+    /// and eights, each of which would be a wake-up. Until then `receive` says `Wait`. A link may not care.
     fn set_pace(&mut self, _pause: Duration) {}
 
     /// Hands at most one batch of received bytes to `sink`. `Wait`: all that had arrived was handed over.

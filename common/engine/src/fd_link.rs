@@ -9,7 +9,7 @@
 //! takes up to 64 pages (measured: 620-720 MB/s, against 216 with one page a call), and the bytes always
 //! lie contiguously at the front of the buffer. To other descriptors it is just one large read.
 //! A short read does not mean that all was taken (a host may send half a page at a time), so only `EAGAIN`
-//! says [`Progress::Wait`].
+//! says [`Progress::Wait`], and a pause, if there is a pace (below).
 //!
 //! **To send** offers a buffer of [`CHUNK`] bytes to the source, and writes what it filled with one system
 //! call. [`CHUNK`] is what the port's driver takes in one `write`, as one descriptor: whole or not at all.
@@ -26,7 +26,7 @@
 //! has an `edges::Edges` of its own.
 //!
 //! *No wake-up is lost*: the port's epoll is edge-triggered, so every call that says `Wait` has seen
-//! `EAGAIN` (or an idle source) first, and whatever changes after that is a new edge. Adding interest in
+//! `EAGAIN` (or an idle source) first, or set the timer of a pause, and whatever changes after that is a new edge. Adding interest in
 //! writing looks at the state again, in the kernel. *No wake-up is repeated*: an edge is taken out when it
 //! is seen, so a lasting `HUP` wakes us once. Writability is watched only while there is something to
 //! write: the port's driver wakes its waiters each time the host took a buffer, and those wake-ups mean
