@@ -33,7 +33,7 @@ impl Accel {
     /// QEMU's arguments.
     pub fn arguments(self) -> &'static [&'static str] {
         match self {
-            Self::Tcg => &["-accel", "tcg,thread=multi", "-cpu", "max"],
+            Self::Tcg => &["-accel", "tcg,thread=multi", "-cpu", "max,-erms,-fsrm"],
             Self::Kvm => &["-accel", "kvm", "-cpu", "host"],
         }
     }
