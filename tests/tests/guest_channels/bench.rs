@@ -205,11 +205,14 @@ impl End {
 }
 
 /// Waits until a new connection to `address` works.
-pub(crate) fn wait_works(address: &str) -> Result<()> {
+pub(crate) fn wait_works(address: &str, patience: Duration) -> Result<()> {
     let begun = Instant::now();
     let call = || -> Result<()> { Caller::within(address, SOON)?.call(b"hello") };
     while let Err(error) = call() {
-        ensure!(begun.elapsed() < 2 * SOON, "nothing works: {error:#}");
+        ensure!(
+            begun.elapsed() < patience,
+            "nothing works within {patience:?}: {error:#}"
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(())

@@ -141,7 +141,7 @@ impl Traffic {
             std::thread::spawn(move || stream(&address, seed(), &done))
         });
         // It is under way when another connection has been served beside it.
-        wait_works(&row.address)?;
+        wait_works(&row.address, row.patience)?;
         Ok(Traffic { done, streams })
     }
 
@@ -164,7 +164,7 @@ impl Traffic {
 
 /// How long the channel takes to work again, and that it then carries whole transfers.
 fn works_again(row: &Row, since: Instant) -> Result<Duration> {
-    wait_works(&row.address)?;
+    wait_works(&row.address, row.patience)?;
     let time = since.elapsed();
     transfers(row, row.bulk / 16)?;
     Ok(time)

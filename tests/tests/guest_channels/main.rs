@@ -33,7 +33,7 @@ fn every_channel_stands_everything() -> Result<()> {
         CELLS.map(|cell| cell.name).join(" | ")
     );
     table.push_str(&" --- |".repeat(CELLS.len() + 1));
-    let (mut failures, mut reasons) = (0, Vec::new());
+    let (mut failures, mut reasons) = (Vec::new(), Vec::new());
     for row in &mut rows {
         println!("== {}", row.name);
         table.push_str(&format!("\n| {} |", row.name));
@@ -49,8 +49,14 @@ fn every_channel_stands_everything() -> Result<()> {
                     format!("({})", at + 1)
                 }
                 Verdict::Failed(error) => {
-                    failures += 1;
                     println!("{}: {} FAILED: {error:#}", row.name, cell.name);
+                    // The cause alone: what goes before it are the logs of both ends.
+                    failures.push(format!(
+                        "{}: {}: {}",
+                        row.name,
+                        cell.name,
+                        error.root_cause()
+                    ));
                     "FAILED".to_owned()
                 }
             };
@@ -66,6 +72,10 @@ fn every_channel_stands_everything() -> Result<()> {
     println!("in {:.0} s", begun.elapsed().as_secs_f64());
     let wrong = bench.wrong_bytes()?;
     ensure!(wrong.is_empty(), "delivered, but never sent: {wrong}");
-    ensure!(failures == 0, "{failures} cells failed, see above");
+    ensure!(
+        failures.is_empty(),
+        "these cells failed, see above:\n{}",
+        failures.join("\n")
+    );
     Ok(())
 }

@@ -2,11 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use socket2::SockAddr;
 use virtproxy_lab::Lab;
-use virtproxy_tests::scene::new_address;
+use virtproxy_tests::scene::{SOON, new_address};
 use virtproxy_tests::tap::{Between, Faults};
 
 use crate::bench::{Bench, End, TLS_IN_GUEST, new_folder, own_program, wait_works};
@@ -29,6 +30,8 @@ pub(crate) struct Row {
     pub(crate) bulk: u64,
     /// What is lost on the way is sent again: a fault costs no session.
     pub(crate) repairs: bool,
+    /// How long it may take until a new connection works.
+    pub(crate) patience: Duration,
 }
 
 /// What can put bytes into a channel.
@@ -47,6 +50,9 @@ const SLOW: u64 = 4 << 20;
 const SERIAL: u64 = 96 << 10;
 /// vhost-device-vsock 0.3.0 stalls in longer transfers, of socat as well.
 const SHORT: u64 = 1 << 20;
+/// After an end was killed in mid-transfer, it now and then hangs up on each new connection for up to 20 s, while the
+/// agent listens and is asked nothing.
+const DEAF: Duration = Duration::from_secs(60);
 
 const FAR: &str = "-i peer:127.0.0.1:7000";
 /// A client of a channel that does not come up hangs no longer than that.
@@ -72,6 +78,7 @@ fn row(
         tap: Tap::InHost(Faults(new_folder(&bench.path(&format!("{file}.faults")))?)),
         bulk: BULK,
         repairs: false,
+        patience: 2 * SOON,
         carrier: None,
     })
 }
@@ -102,7 +109,7 @@ impl Row {
         {
             end.start(bench)?;
         }
-        wait_works(&self.address).with_context(|| self.logs(bench))
+        wait_works(&self.address, self.patience).with_context(|| self.logs(bench))
     }
 
     /// How many sessions the near end has had.
@@ -178,10 +185,12 @@ pub(crate) fn all(bench: &Bench) -> Result<Vec<Row>> {
         },
         Row {
             bulk: SHORT,
+            patience: DEAF,
             ..hvsock(bench)?
         },
         Row {
             bulk: SHORT,
+            patience: DEAF,
             ..vsock_from_guest(bench)?
         },
         vsock_within(bench)?,
@@ -204,6 +213,7 @@ fn vhost_user(bench: &Bench) -> Row {
         tap: Tap::PortOnly,
         bulk: BULK,
         repairs: false,
+        patience: 2 * SOON,
         carrier: None,
     }
 }
@@ -322,6 +332,7 @@ fn vsock_within(bench: &Bench) -> Result<Row> {
         tap: Tap::InGuest(faults),
         bulk: BULK,
         repairs: false,
+        patience: 2 * SOON,
         carrier: Some(End::Guest {
             name: "carrier",
             flags: "-c virtserial-open:org.virtproxy.0:- -i near:127.0.0.1:7100".to_owned(),
@@ -355,6 +366,7 @@ fn exec(bench: &Bench) -> Result<Row> {
         tap: Tap::InHost(faults),
         bulk: BULK,
         repairs: false,
+        patience: 2 * SOON,
         carrier: None,
     })
 }
