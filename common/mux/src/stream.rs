@@ -55,6 +55,12 @@ impl StreamId {
     pub fn peer_opened(self) -> bool {
         self.address.peer_opened()
     }
+
+    /// A number below twice the streams that each side may have, which no other live stream of the session has: where a
+    /// table keeps what belongs to this one.
+    pub fn index(self) -> usize {
+        self.address.slot() as usize * 2 + usize::from(self.address.peer_opened())
+    }
 }
 
 impl Address {
