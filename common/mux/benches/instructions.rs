@@ -14,6 +14,8 @@ use virtproxy_mux::{Config, Event, Session, StreamId, Transmit};
 
 /// Payload of a bulk frame, in bytes.
 const BULK: usize = 64 * 1024;
+/// Half a stream's first window, in bytes.
+const HALF_WINDOW: u32 = 32 * 1024;
 /// Payload of a small frame, in bytes.
 const SMALL: usize = 64;
 /// The most frames of a scenario that receives them.
@@ -69,13 +71,13 @@ fn main() {
 fn frames_out(count: usize, len: usize, seal: bool) {
     let mut pair = Pair::new(endless(seal));
     let stream = pair.open();
-    pair.near.set_readable(stream);
+    pair.ends[NEAR].set_readable(stream);
     let mut control = [0; MAX_CONTROL_FRAME];
     for _ in 0..count {
         let room = HEADER_LEN + BULK + MAX_CONTROL_FRAME;
-        match pair.near.poll_transmit(0, room, &mut control) {
+        match pair.ends[NEAR].poll_transmit(0, room, &mut control) {
             Some(Transmit::Data { stream, max }) => {
-                black_box(pair.near.sent(stream, len.min(max)));
+                black_box(pair.ends[NEAR].sent(stream, len.min(max)));
             }
             other => panic!("no data: {other:?}"),
         }
@@ -86,7 +88,7 @@ fn frames_out(count: usize, len: usize, seal: bool) {
 fn frames_in(count: usize, len: usize, seal: bool) {
     let mut pair = Pair::new(endless(seal));
     let stream = pair.open();
-    pair.near.set_readable(stream);
+    pair.ends[NEAR].set_readable(stream);
     let header = Header {
         kind: kind::DATA,
         len: u32::try_from(len).expect("a length"),
@@ -95,17 +97,17 @@ fn frames_in(count: usize, len: usize, seal: bool) {
     // The same for every frame but for its seal; as many seals for every count, so that they do not count.
     assert!(count <= MOST_FRAMES, "more frames than seals");
     let seals: Vec<_> = (0..MOST_FRAMES)
-        .map(|_| pair.near.sent(stream, len).seal.unwrap_or_default())
+        .map(|_| pair.ends[NEAR].sent(stream, len).seal.unwrap_or_default())
         .collect();
     for frame_seal in &seals[..count] {
         let header = black_box(header.encode());
-        assert_eq!(pair.far.handle_bytes(0, &header), HEADER_LEN);
+        assert_eq!(pair.ends[FAR].handle_bytes(0, &header), HEADER_LEN);
         if seal {
-            pair.far.verify(*frame_seal);
+            pair.ends[FAR].verify(*frame_seal);
         }
-        take_payload(&mut pair.far);
+        take_payload(&mut pair.ends[FAR]);
         if seal {
-            pair.far.payload_taken(frame_seal.len());
+            pair.ends[FAR].payload_taken(frame_seal.len());
         }
     }
 }
@@ -124,7 +126,7 @@ fn credit_in(count: usize) {
         let frame = black_box(&frame[..]);
         let mut used = 0;
         while used < frame.len() {
-            used += pair.near.handle_bytes(0, &frame[used..]);
+            used += pair.ends[NEAR].handle_bytes(0, &frame[used..]);
         }
     }
 }
@@ -132,22 +134,22 @@ fn credit_in(count: usize) {
 /// Half a window of data that one end receives and passes on, and the CREDIT that it sends for it.
 fn half_windows(count: usize) {
     let mut pair = Pair::new(Config {
-        max_window: BULK as u32,
+        max_window: HALF_WINDOW * 2,
         session_window: ENDLESS,
         ..Config::default()
     });
     pair.open();
     let header = Header {
         kind: kind::DATA,
-        len: BULK as u32 / 2,
+        len: HALF_WINDOW,
         stream: 0,
     };
     let mut control = [0; MAX_CONTROL_FRAME];
     for _ in 0..count {
         let header = black_box(header.encode());
-        assert_eq!(pair.far.handle_bytes(0, &header), HEADER_LEN);
-        take_payload(&mut pair.far);
-        let credit = pair.far.poll_transmit(0, BULK, &mut control);
+        assert_eq!(pair.ends[FAR].handle_bytes(0, &header), HEADER_LEN);
+        take_payload(&mut pair.ends[FAR]);
+        let credit = pair.ends[FAR].poll_transmit(0, BULK, &mut control);
         assert!(matches!(black_box(credit), Some(Transmit::Control(_))));
     }
 }
@@ -157,15 +159,15 @@ fn opens(count: usize) {
     let mut pair = Pair::new(Config::default());
     for _ in 0..count {
         let stream = pair.open();
-        pair.send(End::Near, stream, 1);
-        pair.near.finish(stream);
+        pair.send(NEAR, stream, 1);
+        pair.ends[NEAR].finish(stream);
         pair.settle();
         let far = pair.finished.pop().expect("a stream that ends");
-        pair.far.finish(far);
+        pair.ends[FAR].finish(far);
         pair.settle();
         pair.finished.pop().expect("a stream that ended");
     }
-    assert_eq!(pair.near.streams() + pair.far.streams(), 0);
+    assert_eq!(pair.ends[NEAR].streams() + pair.ends[FAR].streams(), 0);
 }
 
 /// A small frame there and one back, at both ends, with `idle` streams open beside.
@@ -177,8 +179,8 @@ fn calls(count: usize, idle: usize) {
     let stream = pair.open();
     let answers = pair.asked.pop().expect("it was asked for");
     for _ in 0..count {
-        pair.send(End::Near, stream, SMALL);
-        pair.send(End::Far, answers, SMALL);
+        pair.send(NEAR, stream, SMALL);
+        pair.send(FAR, answers, SMALL);
     }
 }
 
@@ -202,95 +204,78 @@ fn take_payload(session: &mut Session) {
     session.consumed(0, stream, n);
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
-    Near,
-    Far,
-}
+/// The end that opens streams, and the other.
+const NEAR: usize = 0;
+const FAR: usize = 1;
 
 /// Two sessions, and what happened to their streams.
 struct Pair {
-    near: Session,
-    far: Session,
+    ends: [Session; 2],
     /// Streams at the far end that were asked for, and streams at either end that the other has finished.
     asked: Vec<StreamId>,
     finished: Vec<StreamId>,
     wire: Vec<u8>,
+    control: [u8; MAX_CONTROL_FRAME],
 }
 
 impl Pair {
     fn new(config: Config) -> Self {
         let mut pair = Pair {
-            near: Session::new(config.clone(), 1),
-            far: Session::new(config, 2),
+            ends: [Session::new(config.clone(), 1), Session::new(config, 2)],
             asked: Vec::new(),
             finished: Vec::new(),
             wire: Vec::with_capacity(2 * BULK),
+            control: [0; MAX_CONTROL_FRAME],
         };
         pair.settle();
-        assert!(pair.near.is_established() && pair.far.is_established());
+        assert!(pair.ends[NEAR].is_established() && pair.ends[FAR].is_established());
         pair
     }
 
     /// A stream from the near end to the far one, accepted.
     fn open(&mut self) -> StreamId {
-        let stream = self.near.open("user").expect("a stream");
+        let stream = self.ends[NEAR].open("user").expect("a stream");
         self.settle();
         stream
     }
 
     /// Sends a frame of `len` bytes from one end to the other.
-    fn send(&mut self, from: End, stream: StreamId, len: usize) {
-        let session = self.session(from);
+    fn send(&mut self, from: usize, stream: StreamId, len: usize) {
+        let session = &mut self.ends[from];
         session.set_readable(stream);
-        let mut control = [0; MAX_CONTROL_FRAME];
-        let transmit = session.poll_transmit(0, BULK, &mut control);
+        let transmit = session.poll_transmit(0, BULK, &mut self.control);
         assert!(matches!(transmit, Some(Transmit::Data { .. })));
         let header = session.sent(stream, len).header;
         session.blocked(stream);
-        let to = match from {
-            End::Near => &mut self.far,
-            End::Far => &mut self.near,
-        };
+        let to = &mut self.ends[1 - from];
         to.handle_bytes(0, &header);
         take_payload(to);
         self.settle();
     }
 
-    fn session(&mut self, end: End) -> &mut Session {
-        match end {
-            End::Near => &mut self.near,
-            End::Far => &mut self.far,
-        }
-    }
-
     /// Moves control frames both ways until there are none.
     fn settle(&mut self) {
-        while self.control(End::Near) | self.control(End::Far) {}
+        while self.pass_control(NEAR) | self.pass_control(FAR) {}
     }
 
     /// Moves the control frames that one end has to send; whether there were any.
-    fn control(&mut self, from: End) -> bool {
-        let mut wire = std::mem::take(&mut self.wire);
-        let mut control = [0; MAX_CONTROL_FRAME];
-        while let Some(transmit) = self.session(from).poll_transmit(0, BULK, &mut control) {
+    fn pass_control(&mut self, from: usize) -> bool {
+        self.wire.clear();
+        while let Some(transmit) = self.ends[from].poll_transmit(0, BULK, &mut self.control) {
             match transmit {
-                Transmit::Control(len) => wire.extend_from_slice(&control[..len]),
+                Transmit::Control(len) => self.wire.extend_from_slice(&self.control[..len]),
                 Transmit::Data { .. } => panic!("nobody is readable"),
             }
         }
-        let mut rest = &wire[..];
-        let to = match from {
-            End::Near => End::Far,
-            End::Far => End::Near,
-        };
+        let mut rest = &self.wire[..];
+        let to = &mut self.ends[1 - from];
         while !rest.is_empty() {
-            let used = self.session(to).handle_bytes(0, rest);
+            let used = to.handle_bytes(0, rest);
             rest = &rest[used..];
-            while let Some(event) = self.session(to).poll_event() {
+            while let Some(event) = to.poll_event() {
                 match event {
                     Event::Asked { stream, .. } => {
-                        self.far.accept(stream);
+                        to.accept(stream);
                         self.asked.push(stream);
                     }
                     Event::Finished(stream) => self.finished.push(stream),
@@ -299,9 +284,6 @@ impl Pair {
                 }
             }
         }
-        let moved = !wire.is_empty();
-        wire.clear();
-        self.wire = wire;
-        moved
+        !self.wire.is_empty()
     }
 }

@@ -140,6 +140,13 @@ pub(crate) struct Owed {
     pub(crate) reset: bool,
 }
 
+impl Owed {
+    /// Whether it owes any.
+    pub(crate) fn any(self) -> bool {
+        self.open | self.accept | self.refuse | self.credit | self.fin | self.reset
+    }
+}
+
 /// What the receiver of a stream has granted and what became of it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Receive {
