@@ -48,23 +48,20 @@ const SCENARIOS: [(&str, Scenario); 11] = [
 
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    match words[..] {
-        [name, count] => {
-            let scenario = SCENARIOS.iter().find(|scenario| scenario.0 == name);
-            let (_, run) = scenario.expect("the name of a scenario");
-            run(count.parse().expect("a count"));
-        }
-        // `cargo bench` adds a word of its own.
-        [] | ["--bench"] => {
-            for (name, run) in SCENARIOS {
-                run(1);
-                println!("{name}");
-            }
-            eprintln!("`cargo xtask instructions` counts what these take");
-        }
-        _ => panic!("no words, or a scenario and a count"),
+    let (name, count) = (
+        words.first(),
+        words.get(1).and_then(|word| word.parse().ok()),
+    );
+    let named = |scenario: &&(&str, Scenario)| name.is_some_and(|name| name == scenario.0);
+    if let (Some((_, run)), Some(count)) = (SCENARIOS.iter().find(named), count) {
+        return run(count);
     }
+    // Whatever words `cargo bench` adds.
+    for (name, run) in SCENARIOS {
+        run(1);
+        println!("{name}");
+    }
+    eprintln!("`cargo xtask instructions` counts what these take");
 }
 
 /// Data frames that one end sends.

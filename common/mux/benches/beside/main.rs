@@ -88,19 +88,19 @@ const CASES: [(&str, Case); 5] = [
         "bulk, 1 stream",
         Case::Bulk {
             streams: 1,
-            bytes: 64 << 20,
+            bytes: 256 << 20,
         },
     ),
     (
         "bulk, 64 streams",
         Case::Bulk {
             streams: 64,
-            bytes: 1 << 20,
+            bytes: 4 << 20,
         },
     ),
-    ("messages of 64 bytes", Case::Messages(100_000)),
-    ("calls of 64 bytes", Case::Calls(10_000)),
-    ("opens", Case::Opens(3_000)),
+    ("messages of 64 bytes", Case::Messages(400_000)),
+    ("calls of 64 bytes", Case::Calls(40_000)),
+    ("opens", Case::Opens(12_000)),
 ];
 
 impl Case {
