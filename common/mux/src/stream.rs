@@ -56,8 +56,9 @@ impl StreamId {
         self.address.peer_opened()
     }
 
-    /// A number below twice the streams that each side may have, which no other live stream of the session has: where a
-    /// table keeps what belongs to this one.
+    /// A number below twice the streams that each side may have, which no other live stream of the session has: the place in
+    /// a table of what belongs to this one. The next stream in its slot gets the same; so what may outlive its stream
+    /// stands there with its id.
     pub fn index(self) -> usize {
         self.address.slot() as usize * 2 + usize::from(self.address.peer_opened())
     }

@@ -3,8 +3,8 @@
 //!
 //! The scenarios are a program (`common/mux/benches/instructions.rs`), which runs under callgrind for two counts of each; the
 //! difference of what it took, divided by the difference of the counts, is the figure. It hardly depends on the machine,
-//! and not at all on its load; it does depend a little on the compiler, which is why a rise has a tolerance. Callgrind's
-//! own files stay in `target/instructions`, for `callgrind_annotate`.
+//! and not at all on its load; it does depend a little on the compiler, which is why a rise has a tolerance, and why the
+//! compiler is kept beside the figures. Callgrind's own files stay in `target/instructions`, for `callgrind_annotate`.
 
 use crate::workspace;
 use anyhow::{Context, Result, bail, ensure};
@@ -16,8 +16,12 @@ use virtproxy_lab::serde_json::{self, Value};
 
 /// Where the figures are kept.
 const KEPT: &str = "common/mux/benches/instructions.txt";
+/// By how many per cent a figure may rise.
+const TOLERANCE: f64 = 10.0;
 /// How often an operation is done in the two runs of a scenario.
 const COUNTS: [u32; 2] = [1_000, 3_000];
+/// What the line about the compiler begins with.
+const COMPILER: &str = "# Compiler: ";
 const NO_VALGRIND: &str = "valgrind is not there; `apt install valgrind` adds it (Debian, Ubuntu)";
 
 /// Options of `cargo xtask instructions`.
@@ -30,7 +34,7 @@ pub(crate) struct Arguments {
     #[arg(long, conflicts_with = "write")]
     check: bool,
     /// How much a figure may rise
-    #[arg(long, value_name = "PERCENT", default_value_t = 5.0)]
+    #[arg(long, value_name = "PERCENT", default_value_t = TOLERANCE)]
     tolerance: f64,
 }
 
@@ -39,11 +43,11 @@ type Figures = BTreeMap<String, f64>;
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     ensure!(valgrind_is_there(), NO_VALGRIND);
-    let kept = if arguments.write {
-        Figures::new()
-    } else {
-        kept()?
+    let text = match arguments.write {
+        true => String::new(),
+        false => fs::read_to_string(path()).with_context(|| format!("cannot read {KEPT}"))?,
     };
+    let kept = parse(&text)?;
     let now = count()?;
     let mut risen = Vec::new();
     println!(
@@ -62,14 +66,18 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         }
     }
     if arguments.write {
-        fs::write(path(), render(&now)).with_context(|| format!("cannot write {KEPT}"))?;
+        fs::write(path(), render(&now, &compiler()?))
+            .with_context(|| format!("cannot write {KEPT}"))?;
     }
     if arguments.check && !risen.is_empty() {
+        let before = text.lines().find_map(|line| line.strip_prefix(COMPILER));
         bail!(
             "more than {} % above what {KEPT} keeps: {}; make them cheaper, or say why in a commit that renews it with \
-             `cargo xtask instructions --write`",
+             `cargo xtask instructions --write` (kept with {}, now {})",
             arguments.tolerance,
-            risen.join(", ")
+            risen.join(", "),
+            before.unwrap_or("no compiler"),
+            compiler()?
         );
     }
     Ok(())
@@ -83,7 +91,7 @@ pub(crate) fn check() -> Result<Option<String>> {
     run(&Arguments {
         write: false,
         check: true,
-        tolerance: 5.0,
+        tolerance: TOLERANCE,
     })?;
     Ok(None)
 }
@@ -98,9 +106,12 @@ fn path() -> PathBuf {
     workspace::root().join(KEPT)
 }
 
-fn kept() -> Result<Figures> {
-    let text = fs::read_to_string(path()).with_context(|| format!("cannot read {KEPT}"))?;
-    parse(&text)
+/// The compiler that cargo uses, as it calls itself.
+fn compiler() -> Result<String> {
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let output = Command::new(rustc).arg("--version").output();
+    let output = output.context("cannot run rustc")?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 fn parse(text: &str) -> Result<Figures> {
@@ -114,13 +125,14 @@ fn parse(text: &str) -> Result<Figures> {
         .collect()
 }
 
-fn render(figures: &Figures) -> String {
+fn render(figures: &Figures, compiler: &str) -> String {
+    let head = format!(
+        "# Instructions of one operation of the mux, made by `cargo xtask instructions --write`.\n{COMPILER}{compiler}\n"
+    );
     let lines = figures
         .iter()
         .map(|(name, figure)| format!("{name:32} {figure:.1}\n"));
-    let head =
-        "# Instructions of one operation of the mux, made by `cargo xtask instructions --write`.\n";
-    [head.to_owned()].into_iter().chain(lines).collect()
+    std::iter::once(head).chain(lines).collect()
 }
 
 /// Counts every scenario.
@@ -191,8 +203,9 @@ mod tests {
     #[test]
     fn what_is_kept_is_read_again() {
         let figures = Figures::from([("one".to_owned(), 12.5), ("two".to_owned(), 3.0)]);
-        assert_eq!(parse(&render(&figures)).unwrap(), figures);
+        assert_eq!(parse(&render(&figures, "rustc 1")).unwrap(), figures);
         assert!(parse("one").is_err() && parse("one two").is_err());
-        assert!(!kept().unwrap().is_empty());
+        let kept = fs::read_to_string(path()).unwrap();
+        assert!(!parse(&kept).unwrap().is_empty());
     }
 }
