@@ -22,6 +22,9 @@
 //! * by the yamux crates as they please: the user's buffer, a frame of their own, the pipe, a frame of their own, the
 //!   user's buffer. A frame of `yamux` has 16 KiB.
 //!
+//! Between sockets the difference is larger than here: `mux` reads a socket where it copies the user's buffer, while a user
+//! of yamux has to read one into its buffer first.
+//!
 //! The yamux crates have a task for each user of a stream and one for each connection, as they are made to be used. The mux
 //! has a task for each end: that is how it is made to be used. A small message is one frame for all of them. What differs in
 //! the protocols stays: a stream of virtproxy sends nothing before it is accepted, one of yamux does.
