@@ -41,21 +41,24 @@ impl Schedule {
         }
     }
 
-    /// Puts a stream that can send in line, if it is not there yet.
-    pub(crate) fn add(&mut self, streams: &mut Streams, id: StreamId) {
-        let Some(stream) = streams.get_mut(id) else {
-            return;
-        };
-        if stream.queue.queue == Queue::None && stream.sendable() {
+    /// Gives a stream that can send a place, if it has none; whether it is to be put in line with [`Schedule::line_up`].
+    pub(crate) fn admit(&self, stream: &mut Stream) -> bool {
+        let enters = stream.queue.queue == Queue::None && stream.sendable();
+        if enters {
             stream.queue = Place {
                 queue: Queue::Fresh,
                 deficit: self.turn,
             };
-            line_up(&mut self.fresh, streams, id);
         }
+        enters
     }
 
-    /// The stream whose turn it is, and the bytes left in its turn.
+    /// Puts a stream in line that was just admitted.
+    pub(crate) fn line_up(&mut self, streams: &Streams, id: StreamId) {
+        line_up(&mut self.fresh, streams, id);
+    }
+
+    /// The stream whose turn it is, and how many bytes it may send in it.
     pub(crate) fn next(&mut self, streams: &mut Streams) -> Option<(StreamId, u32)> {
         loop {
             let from_fresh = !self.fresh.is_empty();
@@ -71,7 +74,7 @@ impl Schedule {
             };
             let sendable = stream.sendable();
             if let (true, Ok(left @ 1..)) = (sendable, u32::try_from(stream.queue.deficit)) {
-                return Some((id, left));
+                return Some((id, left.min(stream.send.bytes())));
             }
             line.pop_front();
             if sendable || from_fresh {

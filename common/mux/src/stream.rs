@@ -55,6 +55,13 @@ impl StreamId {
     pub fn peer_opened(self) -> bool {
         self.address.peer_opened()
     }
+
+    /// A number below twice the streams that each side may have, which no other live stream of the session has: the place in
+    /// a table of what belongs to this one. The next stream in its slot gets the same; so what may outlive its stream
+    /// stands there with its id.
+    pub fn index(self) -> usize {
+        self.address.slot() as usize * 2 + usize::from(self.address.peer_opened())
+    }
 }
 
 impl Address {
@@ -132,6 +139,13 @@ pub(crate) struct Owed {
     pub(crate) credit: bool,
     pub(crate) fin: bool,
     pub(crate) reset: bool,
+}
+
+impl Owed {
+    /// Whether it owes any.
+    pub(crate) fn any(self) -> bool {
+        self.open | self.accept | self.refuse | self.credit | self.fin | self.reset
+    }
 }
 
 /// What the receiver of a stream has granted and what became of it.

@@ -52,11 +52,15 @@ impl Streams {
         (stream.id.address() == address).then_some(stream.id)
     }
 
-    pub(crate) fn get_mut(&mut self, id: StreamId) -> Option<&mut Stream> {
-        let slots = &mut self.table_mut(id.address()).slots;
-        let stream = slots.get_mut(id.address().slot() as usize)?;
+    pub(crate) fn at_mut(&mut self, address: Address) -> Option<&mut Stream> {
+        let slots = &mut self.table_mut(address).slots;
+        let stream = slots.get_mut(address.slot() as usize)?;
         let stream = stream.as_deref_mut()?;
-        (stream.id == id).then_some(stream)
+        (stream.id.address() == address).then_some(stream)
+    }
+
+    pub(crate) fn get_mut(&mut self, id: StreamId) -> Option<&mut Stream> {
+        self.at_mut(id.address()).filter(|stream| stream.id == id)
     }
 
     /// A new id for a stream at `address`.

@@ -1,4 +1,5 @@
-//! `cargo xtask`: the project's two commands, `demo` and `test`, and `lab`, which only prepares what both need.
+//! `cargo xtask`: the project's commands, `demo` and `test`; `instructions`, which counts what the mux costs; and `lab`, which
+//! only prepares what guests need.
 //!
 //! They are programs and not shell scripts so that they can tell what went wrong and what cures it, and because the
 //! tests boot the same guests through the same library.
@@ -7,6 +8,7 @@ mod daemon;
 mod demo;
 mod fuzz;
 mod http;
+mod instructions;
 mod steps;
 mod test;
 mod workspace;
@@ -30,6 +32,8 @@ enum Task {
     Demo(demo::Arguments),
     /// Runs every test there is, with the same set-up
     Test(test::Arguments),
+    /// Counts the instructions of the mux's operations, beside those that are kept (needs valgrind)
+    Instructions(instructions::Arguments),
     /// Only fetches and builds what guests need, and says what there is
     Lab,
 }
@@ -46,6 +50,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
+        Task::Instructions(arguments) => instructions::run(&arguments),
         Task::Lab => lab(),
     };
     match result {

@@ -4,7 +4,7 @@
 //! `#[ignore]`d. They run here, in release, one at a time (they measure latencies, and the emulator wants every core).
 
 use crate::steps::{Steps, run as run_command};
-use crate::{fuzz, workspace};
+use crate::{fuzz, instructions, workspace};
 use anyhow::Result;
 use std::process::Command;
 use virtproxy_lab::Lab;
@@ -35,6 +35,10 @@ const STEPS: &[(&str, &str)] = &[
     (
         "deny",
         "licences and sources of the dependencies (needs cargo-deny)",
+    ),
+    (
+        "instructions",
+        "the mux takes no more of them than what is kept (needs valgrind)",
     ),
     ("release", "the programs build"),
     ("lab", "QEMU, kernel and guest image are there"),
@@ -76,6 +80,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     )?;
     steps.step("fuzz", || fuzz::run(arguments.fuzz_seconds))?;
     steps.step("deny", deny)?;
+    steps.step("instructions", instructions::check)?;
     let target = workspace::target()?;
     steps.command("release", &mut build_programs())?;
     steps.step("lab", || {

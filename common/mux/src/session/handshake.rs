@@ -1,5 +1,6 @@
 //! The handshake: HELLO in and out, and the filler that goes with it.
 
+use super::receive::Taken;
 use super::{Event, MAX_WINDOW, Sealing, Session, State};
 use crate::credit::Credit;
 use crate::frame::MAX_PAYLOAD;
@@ -44,14 +45,17 @@ impl Session {
         1
     }
 
-    /// One more byte of a handshake in mid-session is there.
-    pub(super) fn hello_again(&mut self) -> Result<(), Violation> {
-        match Hello::parse(&self.partial) {
-            Parse::Whole(hello) => self.greet(hello),
-            Parse::Partial => {}
-            Parse::Garbage => return Err(Violation::BadHello),
+    /// Takes the handshake at the front of `bytes`, in mid-session.
+    pub(super) fn hello_again(&mut self, bytes: &[u8]) -> Result<Taken, Violation> {
+        let len = Hello::claimed_len(bytes);
+        match Hello::parse(bytes) {
+            Parse::Whole(hello) => {
+                self.greet(hello);
+                Ok(Taken::Whole(len.unwrap_or(bytes.len())))
+            }
+            Parse::Partial => Ok(Taken::Needs(len.unwrap_or(bytes.len() + 1))),
+            Parse::Garbage => Err(Violation::BadHello),
         }
-        Ok(())
     }
 
     /// The peer's handshake, while seeking or in mid-session.

@@ -455,7 +455,9 @@ impl Session {
 
     /// The local side has nothing to send now.
     pub fn blocked(&mut self, id: StreamId) {
-        self.with(id, |stream, _| stream.readable = false);
+        if let Some(stream) = self.streams.get_mut(id) {
+            stream.readable = false; // the schedule sees it by itself
+        }
     }
 
     /// The local side will send no more: half-closes the stream.
@@ -559,13 +561,15 @@ impl Session {
             self.fence();
             return Some(result);
         }
-        let owed = stream.owed;
-        let owes = owed.open || owed.accept || owed.refuse || owed.credit || owed.fin || owed.reset;
-        if owes && !stream.in_control {
-            stream.in_control = true;
+        let owes = stream.owed.any() && !stream.in_control;
+        stream.in_control |= owes;
+        let sends = self.schedule.admit(stream);
+        if owes {
             line_up(&mut self.control, &self.streams, id);
         }
-        self.schedule.add(&mut self.streams, id);
+        if sends {
+            self.schedule.line_up(&self.streams, id);
+        }
         Some(result)
     }
 

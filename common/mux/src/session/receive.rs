@@ -4,10 +4,10 @@ use alloc::string::String;
 
 use super::{Event, Expect, Payload, Session, State, Time, end_receiving};
 use crate::frame::{
-    HEADER_LEN, Header, IGNORABLE, MAX_CONTROL_FRAME, MAX_CONTROL_PAYLOAD, MAX_SERVICE_LEN,
-    MAX_TEXT_LEN, kind, split_u16, split_u32, valid_service_name,
+    HEADER_LEN, Header, IGNORABLE, MAX_CONTROL_PAYLOAD, MAX_SERVICE_LEN, MAX_TEXT_LEN, kind,
+    split_u16, split_u32, valid_service_name,
 };
-use crate::hello::{Hello, Parse, printable};
+use crate::hello::printable;
 use crate::reason::{End, Reason, Violation};
 use crate::seal::SEAL_LEN;
 use crate::stream::{Address, Half, Phase, Stream, StreamId};
@@ -16,6 +16,14 @@ use crate::stream::{Address, Half, Phase, Stream, StreamId};
 const GROWTH_ROUND_TRIPS: Time = 4;
 /// Taken for the round trip until one is measured, in microseconds.
 const UNKNOWN_ROUND_TRIP: Time = 5_000;
+
+/// What became of the bytes at the front of the input.
+pub(super) enum Taken {
+    /// So many of them were a header, or a whole control frame.
+    Whole(usize),
+    /// Nothing yet: so many must be there first.
+    Needs(usize),
+}
 
 impl Session {
     /// The length of the payload that comes next in the input, if its seal must be seen first.
@@ -90,34 +98,79 @@ impl Session {
         used
     }
 
-    /// Completes a header or a control frame; returns the bytes used.
+    /// Takes a header or a control frame, or the part of it that is here; returns the bytes used. What is not whole is
+    /// gathered, and no other frame is copied.
     fn gather(&mut self, now: Time, bytes: &[u8]) -> usize {
-        let have = self.partial.len();
-        let need = match self.frame_len() {
-            Ok(len) => len,
-            Err(violation) => {
-                self.fail(self.blame(violation));
-                return 0;
+        if self.partial.is_empty() {
+            return match self.take(now, bytes) {
+                Ok(Taken::Whole(n)) => n,
+                Ok(Taken::Needs(_)) => {
+                    self.partial.extend_from_slice(bytes);
+                    bytes.len()
+                }
+                Err(end) => {
+                    self.fail(end);
+                    0
+                }
+            };
+        }
+        let mut frame = core::mem::take(&mut self.partial);
+        let mut used = 0;
+        loop {
+            match self.take(now, &frame) {
+                Ok(Taken::Needs(need)) => {
+                    let n = (need - frame.len()).min(bytes.len() - used);
+                    if n == 0 {
+                        break;
+                    }
+                    frame.extend_from_slice(&bytes[used..used + n]);
+                    used += n;
+                }
+                taken => {
+                    frame.clear();
+                    if let Err(end) = taken {
+                        self.fail(end);
+                    }
+                    break;
+                }
             }
-        };
-        let n = (need - have).min(bytes.len());
-        self.partial.extend_from_slice(&bytes[..n]);
-        if self.partial.len() < need {
-            return n;
         }
-        let result = if self.partial[0] == kind::HELLO {
-            self.hello_again().map_err(|bad| self.blame(bad))
-        } else if need == HEADER_LEN {
-            self.header().map_err(|bad| self.blame(bad))
-        } else {
-            self.sealed_frame(now)
-        };
-        match result {
-            Ok(()) if self.frame_done() => self.partial.clear(),
-            Ok(()) => {}
-            Err(end) => self.fail(end),
+        self.partial = frame;
+        used
+    }
+
+    /// Takes the header or the control frame at the front of `bytes`, if it is whole.
+    fn take(&mut self, now: Time, bytes: &[u8]) -> Result<Taken, End> {
+        if bytes.first() == Some(&kind::HELLO) {
+            return self.hello_again(bytes).map_err(|bad| self.blame(bad));
         }
-        n
+        let Some(head) = bytes.first_chunk() else {
+            return Ok(Taken::Needs(HEADER_LEN));
+        };
+        let header = Header::decode(*head);
+        if header.kind == kind::FILLER {
+            self.end(End::PeerRestarted);
+            return Ok(Taken::Whole(HEADER_LEN));
+        }
+        if self.is_bulk(header).map_err(|bad| self.blame(bad))? {
+            if self.sealing.is_some() {
+                self.expect = Expect::Unverified(header);
+            } else {
+                self.bulk(header).map_err(End::Violation)?;
+            }
+            return Ok(Taken::Whole(HEADER_LEN));
+        }
+        let len = HEADER_LEN + header.len as usize;
+        let need = len + self.seal_len();
+        let Some(frame) = bytes.get(..need) else {
+            return Ok(Taken::Needs(need));
+        };
+        let (frame, seal) = frame.split_at(len);
+        if let Some(seal) = seal.first_chunk() {
+            self.check_seal(*seal)?;
+        }
+        let done = self.frame(now, header, &frame[HEADER_LEN..]);
+        done.map(|()| Taken::Whole(need)).map_err(End::Violation)
     }
 
     /// Whose fault it is that something that no seal vouches for is wrong.
@@ -140,46 +193,8 @@ impl Session {
         }
     }
 
-    /// How many bytes of the current frame must be gathered before the next decision.
-    fn frame_len(&self) -> Result<usize, Violation> {
-        let Some(first) = self.partial.first() else {
-            return Ok(HEADER_LEN);
-        };
-        if *first == kind::HELLO {
-            return match Hello::parse(&self.partial) {
-                Parse::Garbage => Err(Violation::BadHello),
-                _ => Ok(self.partial.len() + 1),
-            };
-        }
-        match self.partial.first_chunk() {
-            Some(head) => Ok(HEADER_LEN + Header::decode(*head).len as usize + self.seal_len()),
-            None => Ok(HEADER_LEN),
-        }
-    }
-
-    /// Whether what is gathered is used up, as opposed to a header that waits for its payload.
-    fn frame_done(&self) -> bool {
-        match self.partial.first_chunk() {
-            Some(head) if head[0] != kind::HELLO => {
-                let len = Header::decode(*head).len as usize;
-                self.expect != Expect::Frame
-                    || self.partial.len() == HEADER_LEN + len + self.seal_len()
-            }
-            Some(_) => matches!(Hello::parse(&self.partial), Parse::Whole(..)),
-            None => false,
-        }
-    }
-
-    /// A header is complete: decides what to do with the payload.
-    fn header(&mut self) -> Result<(), Violation> {
-        let Some(head) = self.partial.first_chunk() else {
-            return Ok(());
-        };
-        let header = Header::decode(*head);
-        if header.kind == kind::FILLER {
-            self.end(End::PeerRestarted);
-            return Ok(());
-        }
+    /// Whether the payload behind a header is one that does not go through the session.
+    fn is_bulk(&self, header: Header) -> Result<bool, Violation> {
         header.check()?;
         let bulk = header.kind == kind::DATA || header.kind & IGNORABLE != 0;
         if bulk && header.len > self.config.max_frame {
@@ -192,18 +207,10 @@ impl Session {
             });
         }
         debug_assert!(bulk || header.len as usize <= MAX_CONTROL_PAYLOAD);
-        let sealed = self.sealing.is_some();
-        if bulk && sealed {
-            self.expect = Expect::Unverified(header);
-        } else if bulk {
-            self.bulk(header)?;
-        } else if header.kind == kind::FIN && !sealed {
-            self.fin(Address::from_wire(header.stream))?;
-        }
-        Ok(())
+        Ok(bulk)
     }
 
-    /// Decides what becomes of a payload that does not go through `partial`.
+    /// Decides what becomes of a payload that does not go through the session.
     fn bulk(&mut self, header: Header) -> Result<(), Violation> {
         self.expect = match header.len as usize + self.seal_len() {
             0 => Expect::Frame,
@@ -224,21 +231,19 @@ impl Session {
             .map_err(|_| Violation::CreditOverdrawn)?;
         self.receive.returnable += len;
         self.stats.data_received += u64::from(len);
-        let wanted = self.with_at(at, |stream, _| match (stream.phase, stream.receiving) {
-            (Phase::Open, Half::Open) => {
-                stream
-                    .receive
-                    .granted
-                    .spend(len)
-                    .map_err(|_| Violation::CreditOverdrawn)?;
+        // It changes neither what the stream owes nor what it may send: so no `with`, which would look.
+        match self.streams.at_mut(at) {
+            Some(stream) if stream.phase == Phase::Open && stream.receiving == Half::Open => {
+                let granted = &mut stream.receive.granted;
+                let spent = granted.spend(len);
+                spent.map_err(|_| Violation::CreditOverdrawn)?;
                 stream.receive.held += len;
-                Ok(true)
+                self.expect = Expect::Data(stream.id, len as usize);
             }
-            (Phase::Closing, _) => Ok(false),
-            _ => Err(Violation::Unexpected(kind::DATA)),
-        });
-        if let Some(id) = self.live(wanted)? {
-            self.expect = Expect::Data(id, len as usize);
+            Some(stream) if stream.phase != Phase::Closing => {
+                return Err(Violation::Unexpected(kind::DATA));
+            }
+            Some(_) | None => self.stats.late_frames += 1,
         }
         Ok(())
     }
@@ -278,23 +283,8 @@ impl Session {
         Ok(())
     }
 
-    /// A control frame is complete, with its seal if it has one.
-    fn sealed_frame(&mut self, now: Time) -> Result<(), End> {
-        let seal = self.partial.last_chunk().copied().unwrap_or_default();
-        self.check_seal(seal)?;
-        self.frame(now).map_err(End::Violation)
-    }
-
     /// A control frame is complete and sound.
-    fn frame(&mut self, now: Time) -> Result<(), Violation> {
-        let mut copy = [0; MAX_CONTROL_FRAME];
-        let len = self.partial.len() - self.seal_len();
-        let frame = &mut copy[..len];
-        frame.copy_from_slice(&self.partial[..len]);
-        let Some((head, payload)) = frame.split_first_chunk() else {
-            return Ok(());
-        };
-        let header = Header::decode(*head);
+    fn frame(&mut self, now: Time, header: Header, payload: &[u8]) -> Result<(), Violation> {
         let at = Address::from_wire(header.stream);
         let short = Violation::BadLength {
             kind: header.kind,

@@ -69,8 +69,9 @@ impl Session {
             return None;
         }
         let (id, turn) = self.schedule.next(&mut self.streams)?;
-        let credit = self.streams.get(id)?.send.min(self.send).bytes();
-        let max = room.min(max_frame).min(credit.min(turn) as usize);
+        let max = room
+            .min(max_frame)
+            .min(turn.min(self.send.bytes()) as usize);
         Some(Transmit::Data { stream: id, max })
     }
 
@@ -79,10 +80,11 @@ impl Session {
         let len = u32::try_from(n).expect("no longer than a frame");
         self.send.spend(len).expect("within the session's credit");
         self.stats.data_sent += u64::from(len);
-        self.with(id, |stream, _| {
+        // It can only lose its right to send, which the schedule sees by itself.
+        if let Some(stream) = self.streams.get_mut(id) {
             stream.send.spend(len).expect("within the stream's credit");
             Schedule::spent(stream, len);
-        });
+        }
         let header = Header {
             kind: kind::DATA,
             len,
