@@ -63,14 +63,13 @@ impl Way {
         }
         let down = rate(start);
 
-        writeln!(self.stream, "BOUNCE {CALLS} 64")?;
-        let calls = Latencies::of(
-            |calls| calls >= CALLS,
-            || {
-                self.stream.write_all(&[1; 64])?;
-                Ok(self.stream.read_exact(&mut [0; 64])?)
-            },
-        )?;
+        writeln!(self.stream, "BOUNCE 64")?;
+        let mut call = |message: [u8; 64]| {
+            self.stream.write_all(&message)?;
+            Ok(self.stream.read_exact(&mut [0; 64])?)
+        };
+        let calls = Latencies::of(|calls| calls >= CALLS, || call([1; 64]))?;
+        call([0; 64])?;
         let micros = |share| calls.percentile(share).as_secs_f64() * 1e6;
         for (list, figure) in self
             .figures
