@@ -1,0 +1,63 @@
+//! What people read of a run: the tables on the terminal, the page, and the document in the repository.
+//!
+//! What is said is made once, as [`tables`] and [`plots`] over [`svg`]; the three places differ only in how they show it
+//! ([`text`], [`html`], [`markdown`]).
+
+mod html;
+mod markdown;
+mod number;
+mod plots;
+mod svg;
+mod tables;
+mod text;
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::results::Results;
+
+/// The tables, for the terminal.
+pub(crate) fn table(results: &Results) -> String {
+    text::tables(&tables::all(results))
+}
+
+/// Writes the page, `report.html`, and its plots as files of their own into a folder.
+pub(crate) fn write(results: &Results, folder: &Path) -> Result<()> {
+    let figures = plots::all(results);
+    write_plots(&figures, folder)?;
+    write_file(
+        &folder.join("report.html"),
+        &html::page(results, &tables::all(results), &figures),
+    )
+}
+
+/// Renews the part between the two marks in `BENCHMARKS.md` in a folder, and the plots in `benchmarks` beside it. What people
+/// wrote around that part stays.
+pub(crate) fn document(results: &Results, folder: &Path) -> Result<()> {
+    let path = folder.join("BENCHMARKS.md");
+    let old =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let figures = plots::all(results);
+    let new = markdown::renewed(
+        &old,
+        &markdown::part(results, &tables::all(results), &figures),
+    )
+    .with_context(|| format!("cannot renew {}", path.display()))?;
+    write_plots(&figures, &folder.join(markdown::PLOTS))?;
+    write_file(&path, &new)
+}
+
+fn write_plots(figures: &[plots::Figure], folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder)
+        .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    for figure in figures {
+        write_file(&folder.join(figure.file()), &figure.svg())?;
+    }
+    Ok(())
+}
+
+fn write_file(path: &Path, content: &str) -> Result<()> {
+    fs::write(path, content).with_context(|| format!("cannot write {}", path.display()))
+}
