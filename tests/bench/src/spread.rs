@@ -55,6 +55,18 @@ pub(crate) enum Gap {
     NoRatio,
 }
 
+impl Gap {
+    /// What stands where the figure would.
+    pub(crate) fn word(&self) -> &'static str {
+        match self {
+            Self::Absent => "",
+            Self::Cannot(_) => "cannot",
+            Self::Failed(_) => "failed",
+            Self::NoRatio => "no ratio",
+        }
+    }
+}
+
 impl fmt::Display for Gap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -73,11 +85,6 @@ impl Results {
     /// The case of this key.
     pub(crate) fn case(&self, key: &str) -> Option<&CaseInfo> {
         self.cases.iter().find(|case| case.key == key)
-    }
-
-    /// The way of this key.
-    pub(crate) fn way(&self, key: &str) -> Option<&WayInfo> {
-        self.ways.iter().find(|way| way.key == key)
     }
 
     /// The ways of a kind, in the order of the report.

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::plots::Figure;
 use super::svg::{STYLE, escaped};
-use super::tables::{Entry, Table};
+use super::tables::{Entry, Table, Tables};
 use crate::results::{Kind, Results};
 
 const PAGE_STYLE: &str = "\
@@ -21,11 +21,11 @@ th{font-size:12px;color:#59636e}
 table.f td+td,table.f th+th{text-align:right;white-space:nowrap}
 table.f td+td small{display:block}
 table.f td:first-child,table.f th:first-child{position:sticky;left:0;background:#fff}
-td small{display:block}
+td small{display:block}.ways td:first-child{white-space:nowrap}
 .yes{color:#116329}.no{color:#a40e26}.yes,.no{font-weight:bold;white-space:nowrap}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:20px 32px}
 .panels svg{width:100%;max-width:440px;height:auto}
-.key{display:inline-block;width:.8em;height:.8em;margin:0 .35em 0 .9em}.key.ours{background:#0a5fd1;margin-left:0}\
+.key{display:inline-block;width:.8em;height:.8em;margin-right:.45em}.key.ours{background:#0a5fd1}\
 .key.floor{background:#7d8590}.key.peer{background:#c9a66b}
 @media(max-width:600px){
 .goals thead{display:none}.goals tr{display:block;padding:8px 0;border-bottom:1px solid #e3e7eb}
@@ -41,7 +41,7 @@ body{color:#e6edf3}.q,small,th,.goals td:not(:first-child):before{color:#9aa5b1}
 ";
 
 /// All of it.
-pub(super) fn page(results: &Results, tables: &[Table], figures: &[Figure]) -> String {
+pub(super) fn page(results: &Results, tables: &Tables, figures: &[Figure]) -> String {
     let mut page = format!(
         "<!DOCTYPE html>\n<html xmlns=\"http://www.w3.org/1999/xhtml\" lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n\
@@ -59,17 +59,16 @@ pub(super) fn page(results: &Results, tables: &[Table], figures: &[Figure]) -> S
         escaped(&results.begun),
         escaped(&results.version)
     );
-    let (first, others) = tables.split_at(tables.len().min(1));
-    first
-        .iter()
-        .for_each(|table| add_table(&mut page, table, "goals"));
+    add_table(&mut page, &tables.goals, "goals");
     add_ways(&mut page, results);
     figures
         .iter()
         .for_each(|figure| add_figure(&mut page, figure));
-    others
+    tables
+        .figures
         .iter()
-        .for_each(|table| add_table(&mut page, table, if table.of_figures { "f" } else { "" }));
+        .for_each(|table| add_table(&mut page, table, "f"));
+    add_table(&mut page, &tables.gaps, "");
     page.push_str("<h2>Machine</h2>\n<ul>\n");
     for line in &results.machine {
         let _ = writeln!(page, "<li>{}</li>", escaped(line));
@@ -79,7 +78,7 @@ pub(super) fn page(results: &Results, tables: &[Table], figures: &[Figure]) -> S
 }
 
 fn add_ways(page: &mut String, results: &Results) {
-    page.push_str("<h2>Ways</h2>\n<div class=\"wide\"><table><tbody>\n");
+    page.push_str("<h2>Ways</h2>\n<div class=\"wide\"><table class=\"ways\"><tbody>\n");
     for way in &results.ways {
         let (class, kind) = match way.kind {
             Kind::Ours => ("ours", "ours"),
@@ -109,6 +108,9 @@ fn add_figure(page: &mut String, figure: &Figure) {
 }
 
 fn add_table(page: &mut String, table: &Table, class: &str) {
+    if table.rows.is_empty() {
+        return;
+    }
     let _ = writeln!(page, "<h2>{}</h2>", escaped(&table.title));
     if !table.note.is_empty() {
         let _ = writeln!(page, "<p class=\"q\">{}</p>", escaped(&table.note));

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use anyhow::{Result, bail};
 
 use super::plots::Figure;
-use super::tables::{Entry, Table};
+use super::tables::{Entry, Table, Tables};
 use crate::results::Results;
 
 /// The folder of the plots, beside the document.
@@ -28,7 +28,7 @@ pub(super) fn renewed(document: &str, part: &str) -> Result<String> {
 }
 
 /// What stands between the marks.
-pub(super) fn part(results: &Results, tables: &[Table], figures: &[Figure]) -> String {
+pub(super) fn part(results: &Results, tables: &Tables, figures: &[Figure]) -> String {
     let mut text = format!(
         "Begun {}, version {}, on:\n\n",
         escaped(&results.begun),
@@ -41,8 +41,7 @@ pub(super) fn part(results: &Results, tables: &[Table], figures: &[Figure]) -> S
     for way in &results.ways {
         let _ = writeln!(text, "| {} | {} |", escaped(&way.key), escaped(&way.title));
     }
-    let (first, others) = tables.split_at(tables.len().min(1));
-    first.iter().for_each(|goals| add_table(&mut text, goals));
+    add_table(&mut text, &tables.goals);
     for figure in figures {
         let _ = writeln!(
             text,
@@ -53,11 +52,18 @@ pub(super) fn part(results: &Results, tables: &[Table], figures: &[Figure]) -> S
             figure.file()
         );
     }
-    others.iter().for_each(|table| add_table(&mut text, table));
+    tables
+        .figures
+        .iter()
+        .chain([&tables.gaps])
+        .for_each(|table| add_table(&mut text, table));
     text
 }
 
 fn add_table(text: &mut String, table: &Table) {
+    if table.rows.is_empty() {
+        return;
+    }
     let _ = writeln!(text, "\n### {}\n", table.title);
     if !table.note.is_empty() {
         let _ = writeln!(text, "{}\n", table.note);

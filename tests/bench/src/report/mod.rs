@@ -61,3 +61,29 @@ fn write_plots(figures: &[plots::Figure], folder: &Path) -> Result<()> {
 fn write_file(path: &Path, content: &str) -> Result<()> {
     fs::write(path, content).with_context(|| format!("cannot write {}", path.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample;
+
+    /// What it writes stays in `target/debug/report-sample`, to be looked at.
+    #[test]
+    fn a_run_and_the_document_are_written() {
+        let program = std::env::current_exe().unwrap();
+        let folder = program.ancestors().nth(2).unwrap().join("report-sample");
+        let results = sample::results();
+        write(&results, &folder).unwrap();
+        assert!(folder.join("report.html").exists() && folder.join("bulk.svg").exists());
+
+        let template = Path::new(env!("CARGO_MANIFEST_DIR")).join("../BENCHMARKS.md");
+        fs::copy(template, folder.join("BENCHMARKS.md")).unwrap();
+        document(&results, &folder).unwrap();
+        let document = fs::read_to_string(folder.join("BENCHMARKS.md")).unwrap();
+        for figure in plots::all(&results) {
+            assert!(document.contains(&format!("({}/{})", markdown::PLOTS, figure.file())));
+            assert!(folder.join(markdown::PLOTS).join(figure.file()).exists());
+        }
+        fs::write(folder.join("table.txt"), table(&results)).unwrap();
+    }
+}

@@ -14,7 +14,7 @@ pub(super) fn figure(value: f64) -> String {
     }
 }
 
-/// The least and the greatest, if there were several rounds.
+/// The least and the greatest, if they differ.
 pub(super) fn range(spread: &Spread) -> String {
     if spread.rounds.len() < 2 {
         String::new()
@@ -25,13 +25,12 @@ pub(super) fn range(spread: &Spread) -> String {
 
 /// The value at a tick of an axis.
 pub(super) fn tick(value: f64) -> String {
-    for (size, mark) in [(1e9, "G"), (1e6, "M"), (1e4, "k")] {
-        if value.abs() >= size {
-            return format!("{}{mark}", value / if mark == "k" { 1e3 } else { size });
-        }
+    match value.abs() {
+        size if size >= 1e7 || (size > 0.0 && size < 1e-4) => format!("{value:.0e}"),
+        size if size >= 1e3 => grouped(value),
+        // Ticks are of few digits; what is beyond came by adding them up.
+        _ => format!("{}", (value * 1e6).round() / 1e6),
     }
-    // Ticks are of few digits; what is beyond came by adding them up.
-    format!("{}", (value * 1e6).round() / 1e6)
 }
 
 /// A unit as people write it.
@@ -84,9 +83,8 @@ mod tests {
             (0.1 + 0.2, "0.3"),
             (0.0, "0"),
             (1000.0, "1000"),
-            (20_000.0, "20k"),
-            (5e6, "5M"),
-            (2e9, "2G"),
+            (20_000.0, "20\u{2009}000"),
+            (5e9, "5e9"),
         ];
         for (value, text) in cases {
             assert_eq!(tick(value), text);

@@ -127,12 +127,9 @@ fn ratios(results: &Results) -> Figure {
                         Against::OwnCase(_) | Against::PerStream(..) => false,
                     }
             });
-            let mut shapes: Vec<Shape> =
-                goals.map(|goal| Shape::Goal(goal.limit.value())).collect();
             let (number, hint) = (number(ratio.median), range(&ratio));
-            let median = ratio.median;
-            shapes.push(Shape::Rounds(ratio));
-            shapes.push(Shape::Mark(median, 0));
+            let mut shapes = vec![Shape::Mark(ratio.median, 0), Shape::Rounds(ratio)];
+            shapes.extend(goals.map(|goal| Shape::Goal(goal.limit.value())));
             Ok((shapes, number, hint))
         }),
     });
@@ -213,7 +210,7 @@ fn latencies(results: &Results) -> Figure {
                 let (shapes, hint) = marks(results, way, &keys)?;
                 let number = results
                     .spread((&way.key, &keys[1]))
-                    .map_or("".to_owned(), |p99| number(p99.median));
+                    .map_or_else(|gap| gap.word().to_owned(), |p99| number(p99.median));
                 Ok((shapes, number, hint))
             }),
         }
@@ -246,7 +243,7 @@ fn memory(results: &Results) -> Figure {
                 let each = results.relate((&way.key, &keys[2]), (&way.key, &keys[0]), each);
                 Ok((
                     shapes,
-                    each.map_or("".to_owned(), |each| number(each.median)),
+                    each.map_or_else(|gap| gap.word().to_owned(), |each| number(each.median)),
                     hint,
                 ))
             }),
@@ -349,18 +346,11 @@ fn rows(
         let (shapes, number, hint) = match row(way) {
             Err(Gap::Absent) => continue,
             Ok(row) => row,
-            Err(gap) => {
-                let word = match &gap {
-                    Gap::Failed(_) => "failed",
-                    Gap::NoRatio => "no ratio",
-                    Gap::Cannot(_) | Gap::Absent => "cannot",
-                };
-                (
-                    vec![Shape::Words(word.to_owned())],
-                    String::new(),
-                    gap.to_string(),
-                )
-            }
+            Err(gap) => (
+                vec![Shape::Words(gap.word().to_owned())],
+                String::new(),
+                gap.to_string(),
+            ),
         };
         let hint = format!("{}: {number} ({hint})", way.title);
         rows.push(Row {

@@ -182,6 +182,9 @@ pub(super) enum Scale {
 /// The steps within a decade that an axis may end at.
 const STEPS: [f64; 3] = [1.0, 2.0, 5.0];
 
+/// What part of an axis the words at a tick need.
+const ROOM: f64 = 0.14;
+
 impl Scale {
     /// From zero to the greatest of these, or a little more.
     pub(super) fn linear(values: impl IntoIterator<Item = f64>) -> Self {
@@ -221,7 +224,7 @@ impl Scale {
         part.is_finite().then(|| part.clamp(0.0, 1.0))
     }
 
-    /// The values that have a mark, and what stands at it.
+    /// The values that have a line, and what stands at it: nothing, where that would be too close to another.
     pub(super) fn ticks(self) -> Vec<(f64, String)> {
         let values: Vec<f64> = match self {
             Self::Linear(greatest) => {
@@ -232,24 +235,30 @@ impl Scale {
                     .collect()
             }
             Self::Log(least, greatest) => {
-                let decades = (greatest / least).log10();
-                let steps: &[f64] = if decades > 2.1 { &STEPS[..1] } else { &STEPS };
                 // No axis is so long: this only bounds what a figure out of the blue can ask for.
-                let first = decade(least).max(-30);
-                let last = decade(greatest).min(30);
-                let every = usize::try_from((last - first) / 7 + 1).unwrap_or(1);
-                let values = (first..=last)
-                    .step_by(every)
-                    .flat_map(|decade| steps.iter().map(move |step| step * ten(decade)));
+                let decades = decade(least).max(-9)..=decade(greatest).min(12);
+                // Whole decades first: they are to have their words.
+                let values = STEPS
+                    .iter()
+                    .flat_map(|step| decades.clone().map(move |decade| step * ten(decade)));
                 values
                     .filter(|value| *value > least * 0.999_999 && *value < greatest * 1.000_001)
                     .collect()
             }
         };
-        values
-            .into_iter()
-            .map(|value| (value, number::tick(value)))
-            .collect()
+        let mut worded: Vec<f64> = Vec::new();
+        let ticks = values.into_iter().filter_map(|value| {
+            let place = self.part(value)?;
+            let free = worded.iter().all(|other| (place - other).abs() > ROOM);
+            let words = if free {
+                number::tick(value)
+            } else {
+                String::new()
+            };
+            worded.extend(free.then_some(place));
+            Some((value, words))
+        });
+        ticks.collect()
     }
 }
 
@@ -291,23 +300,29 @@ fn step_above(value: f64) -> f64 {
 mod tests {
     use super::*;
 
-    fn ticks(scale: Scale) -> Vec<String> {
-        scale.ticks().into_iter().map(|(_, text)| text).collect()
+    fn words(scale: Scale) -> String {
+        let mut ticks = scale.ticks();
+        ticks.sort_by(|(one, _), (other, _)| one.total_cmp(other));
+        ticks
+            .into_iter()
+            .map(|(_, words)| {
+                if words.is_empty() {
+                    "|".to_owned()
+                } else {
+                    words
+                }
+            })
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 
     #[test]
     fn an_axis_ends_at_a_round_number() {
         assert_eq!(Scale::linear([910.0, 1220.0]), Scale::Linear(1500.0));
-        assert_eq!(ticks(Scale::Linear(1500.0)), ["0", "500", "1000", "1500"]);
+        assert_eq!(words(Scale::Linear(1500.0)), "0 500 1000 1500");
         assert_eq!(Scale::log([0.12, 9.0]), Scale::Log(0.1, 10.0));
-        assert_eq!(
-            ticks(Scale::Log(0.1, 10.0)),
-            ["0.1", "0.2", "0.5", "1", "2", "5", "10"]
-        );
-        assert_eq!(
-            ticks(Scale::Log(100.0, 100_000.0)),
-            ["100", "1000", "10k", "100k"]
-        );
+        assert_eq!(words(Scale::Log(0.1, 10.0)), "0.1 0.2 0.5 1 2 5 10");
+        assert_eq!(words(Scale::Log(20.0, 5000.0)), "20 | 100 | | 1000 | 5000");
     }
 
     #[test]
@@ -322,7 +337,7 @@ mod tests {
             Scale::linear([1e-300]),
         ] {
             let ticks = scale.ticks();
-            assert!(ticks.len() < 30, "{scale:?}: {ticks:?}");
+            assert!(ticks.len() < 70, "{scale:?}: {ticks:?}");
             for value in [0.0, 1.0, -1.0, f64::NAN, f64::INFINITY, 1e300] {
                 assert!(
                     scale

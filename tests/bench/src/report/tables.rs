@@ -44,39 +44,46 @@ impl Entry {
                 main: figure(spread.median),
                 small: range(spread),
             },
-            Err(Gap::Absent) => Self::new(""),
-            Err(Gap::Cannot(_)) => Self::new("cannot"),
-            Err(Gap::Failed(_)) => Self::new("failed"),
-            Err(Gap::NoRatio) => Self::new("–"),
+            Err(gap) => Self::new(gap.word()),
         }
     }
 }
 
-/// All of them, in the order of the report: goals, ratios, figures, and what there is not.
-pub(super) fn all(results: &Results) -> Vec<Table> {
-    let mut tables = vec![goals(results)];
-    for ours in results.ways_of(Kind::Ours) {
-        let beside = |kinds: &[Kind]| -> Vec<&WayInfo> {
-            results
-                .ways
-                .iter()
-                .filter(|way| way.key != ours.key && kinds.contains(&way.kind))
-                .collect()
-        };
-        tables.push(ratios(results, ours, &beside(&[Kind::Ours, Kind::Floor])));
-        tables.push(ratios(results, ours, &beside(&[Kind::Peer])));
-    }
-    for kinds in [&[Kind::Ours, Kind::Floor][..], &[Kind::Peer]] {
-        let ways: Vec<&WayInfo> = results
+/// All of them.
+pub(super) struct Tables {
+    /// The goals, and what came of them.
+    pub(super) goals: Table,
+    /// Ratios, then figures.
+    pub(super) figures: Vec<Table>,
+    /// What could not be measured.
+    pub(super) gaps: Table,
+}
+
+/// Makes them.
+pub(super) fn all(results: &Results) -> Tables {
+    let ways = |kinds: &[Kind]| -> Vec<&WayInfo> {
+        results
             .ways
             .iter()
             .filter(|way| kinds.contains(&way.kind))
-            .collect();
-        tables.push(figures(results, &ways));
+            .collect()
+    };
+    let (near, peers) = (ways(&[Kind::Ours, Kind::Floor]), ways(&[Kind::Peer]));
+    let mut tables = Vec::new();
+    for ours in results.ways_of(Kind::Ours) {
+        // What was put beside it before is not shown again upside down.
+        let behind = near.iter().skip_while(|way| way.key != ours.key).skip(1);
+        tables.push(ratios(results, ours, &behind.copied().collect::<Vec<_>>()));
+        tables.push(ratios(results, ours, &peers));
     }
-    tables.push(gaps(results));
-    tables.retain(|table| !table.rows.is_empty() && table.head.len() > 1);
-    tables
+    tables.push(figures(results, &near));
+    tables.push(figures(results, &peers));
+    tables.retain(|table| !table.rows.is_empty());
+    Tables {
+        goals: goals(results),
+        figures: tables,
+        gaps: gaps(results),
+    }
 }
 
 fn goals(results: &Results) -> Table {
@@ -112,7 +119,10 @@ fn goal(results: &Results, judged: &Judged) -> Vec<Entry> {
                 " x",
             )
         }
-        Against::OwnCase(case) => (Entry::new(format!("its own {case}")), " x"),
+        Against::OwnCase(case) => (
+            Entry::new(format!("itself: {}", title(results, case))),
+            " x",
+        ),
         Against::PerStream(base, streams) => (
             Entry::new(format!("{base}, for each of {streams} streams")),
             " KiB",
@@ -123,7 +133,7 @@ fn goal(results: &Results, judged: &Judged) -> Vec<Entry> {
             main: format!("{}{sign}", figure(spread.median)),
             small: range(spread),
         },
-        None => Entry::new(""),
+        None => Entry::new("–"),
     };
     let gaps: Vec<String> = (judged.gaps.iter())
         .map(|(beside, gap)| match judged.goal.against {
@@ -275,9 +285,13 @@ mod tests {
 
     #[test]
     fn every_row_is_as_wide_as_its_head() {
-        let tables = all(&sample::results());
-        assert_eq!(tables.len(), 8);
-        for table in tables {
+        let Tables {
+            goals,
+            figures,
+            gaps,
+        } = all(&sample::results());
+        assert_eq!(figures.len(), 6);
+        for table in figures.iter().chain([&goals, &gaps]) {
             assert!(
                 table.rows.iter().all(|row| row.len() == table.head.len()),
                 "{}",
