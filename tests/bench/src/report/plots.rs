@@ -12,6 +12,8 @@ use crate::spread::{Gap, Spread};
 
 const WIDTH: f64 = 360.0;
 const GAP: f64 = 28.0;
+/// How many letters of a caption find room above a panel.
+const LETTERS: usize = 58;
 const ROW: f64 = 17.0;
 /// Above the rows: the panel's title.
 const TOP: f64 = 22.0;
@@ -56,6 +58,8 @@ enum Shape {
     Bar(f64, f64, bool),
     /// From the least to the greatest, and each round.
     Rounds(Spread),
+    /// From the least to the greatest.
+    Spread(f64, f64),
     /// A thin line that joins the marks.
     Thread(f64, f64),
     /// The first, second and third mark of a row.
@@ -128,7 +132,10 @@ fn ratios(results: &Results) -> Figure {
                     }
             });
             let (number, hint) = (number(ratio.median), range(&ratio));
-            let mut shapes = vec![Shape::Mark(ratio.median, 0), Shape::Rounds(ratio)];
+            let mut shapes = vec![
+                Shape::Spread(ratio.min, ratio.max),
+                Shape::Mark(ratio.median, 0),
+            ];
             shapes.extend(goals.map(|goal| Shape::Goal(goal.limit.value())));
             Ok((shapes, number, hint))
         }),
@@ -136,8 +143,8 @@ fn ratios(results: &Results) -> Figure {
     Figure::new(
         "ratios",
         "virtproxy divided by each other way",
-        "Large dot: the median of the rounds' ratios. Small dots: each round, the first on top. Line: from the least to the \
-         greatest. Upright stroke: the goal, where there is one. The axis is logarithmic, with the line at 1.",
+        "Dot: the median of the rounds' ratios. Band: from the least to the greatest. Upright stroke: the goal, where there is \
+         one. The axis is logarithmic, with the line at 1.",
         3,
         |values| Scale::log(values.into_iter().chain([1.0])),
         panels.collect(),
@@ -412,10 +419,7 @@ impl Figure {
             .map(|panel| panel.drawn(self.scale, self.left()))
             .collect();
         let width = columns as f64 * (WIDTH + GAP) + GAP;
-        let caption = wrapped(
-            self.caption,
-            ((width - 2.0 * GAP) / (LETTER * 0.95)) as usize,
-        );
+        let caption = wrapped(self.caption, columns * LETTERS);
         let rows: Vec<&[Svg]> = drawn.chunks(columns).collect();
         let high =
             |row: &[Svg]| row.iter().map(|panel| panel.height).fold(0.0, f64::max) + GAP * 0.6;
@@ -502,7 +506,9 @@ impl Shape {
     /// What must be on the axis.
     fn values(&self) -> Vec<f64> {
         match self {
-            Self::Bar(from, to, _) | Self::Thread(from, to) => vec![*from, *to],
+            Self::Bar(from, to, _) | Self::Spread(from, to) | Self::Thread(from, to) => {
+                vec![*from, *to]
+            }
             Self::Rounds(spread) => vec![spread.min, spread.max],
             Self::Mark(value, _) | Self::Goal(value) => vec![*value],
             Self::Words(_) => Vec::new(),
@@ -534,6 +540,11 @@ impl Shape {
                     }
                 }
             }
+            Self::Spread(from, to) => {
+                if let Some((from, to)) = span(*from, *to) {
+                    svg.line(&format!("{class} wide"), (from, y), (to, y));
+                }
+            }
             Self::Thread(from, to) => {
                 if let Some((from, to)) = span(*from, *to) {
                     svg.line(&format!("{class} pale"), (from, y), (to, y));
@@ -543,7 +554,7 @@ impl Shape {
                 if let Some(x) = at(*value) {
                     let class = format!("{class} mark");
                     match place {
-                        0 => svg.disc(&class, (x, y), 4.5),
+                        0 => svg.disc(&class, (x, y), 3.8),
                         1 => svg.diamond(&class, (x, y), 5.0),
                         _ => svg.rect(&class, (x - 2.0, y - 6.0), (4.0, 12.0)),
                     }

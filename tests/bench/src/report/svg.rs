@@ -22,6 +22,7 @@ svg line{stroke-width:1;stroke:#24292f}svg .grid{stroke:#e3e7eb}svg .one{stroke:
 svg .goal{stroke:#24292f;stroke-width:2}
 svg .ours{fill:#0a5fd1}svg .floor{fill:#7d8590}svg .peer{fill:#c9a66b}
 svg line.ours{stroke:#0a5fd1}svg line.floor{stroke:#7d8590}svg line.peer{stroke:#c9a66b}
+svg .wide{stroke-width:6;stroke-opacity:.4}
 svg .pale{fill-opacity:.4}svg line.pale{stroke-opacity:.6}
 svg .dot{fill:#24292f;fill-opacity:.55}svg .mark{stroke:#ffffff;stroke-width:.8}
 @media(prefers-color-scheme:dark){

@@ -76,6 +76,7 @@ pub(super) fn all(results: &Results) -> Tables {
         tables.push(ratios(results, ours, &behind.copied().collect::<Vec<_>>()));
         tables.push(ratios(results, ours, &peers));
     }
+    tables.push(under_bulk(results));
     tables.push(figures(results, &near));
     tables.push(figures(results, &peers));
     tables.retain(|table| !table.rows.is_empty());
@@ -171,6 +172,34 @@ fn ratios(results: &Results, ours: &WayInfo, others: &[&WayInfo]) -> Table {
         rows: rows(results, others, CaseInfo::sense, |case, way| {
             Entry::of(&results.ratio((&ours.key, &case.key), (&way.key, &case.key)))
         }),
+        of_figures: true,
+    }
+}
+
+/// What bulk does to a small request: each way beside itself.
+fn under_bulk(results: &Results) -> Table {
+    const PARTS: [&str; 3] = ["p50", "p99", "p999"];
+    let rows = results.ways.iter().map(|way| {
+        let ratios = PARTS.map(|part| {
+            let [bulk, idle] = ["bulk", "idle"].map(|load| format!("call-{part}-{load}"));
+            Entry::of(&results.ratio((&way.key, &bulk), (&way.key, &idle)))
+        });
+        [Entry::new(&way.key)]
+            .into_iter()
+            .chain(ratios)
+            .collect::<Vec<Entry>>()
+    });
+    Table {
+        title: "A small request under bulk, divided by the same when idle".to_owned(),
+        note: "Each way beside itself. Less is better.".to_owned(),
+        head: ["way"]
+            .into_iter()
+            .chain(PARTS)
+            .map(str::to_owned)
+            .collect(),
+        rows: rows
+            .filter(|row| row[1..].iter().any(|entry| !entry.main.is_empty()))
+            .collect(),
         of_figures: true,
     }
 }
@@ -290,7 +319,7 @@ mod tests {
             figures,
             gaps,
         } = all(&sample::results());
-        assert_eq!(figures.len(), 6);
+        assert_eq!(figures.len(), 7);
         for table in figures.iter().chain([&goals, &gaps]) {
             assert!(
                 table.rows.iter().all(|row| row.len() == table.head.len()),
