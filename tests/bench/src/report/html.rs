@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::plots::Figure;
+use super::figure::Figure;
 use super::svg::{STYLE, escaped};
 use super::tables::{Entry, Table, Tables};
 use crate::results::{Kind, Results};

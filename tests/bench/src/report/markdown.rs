@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use anyhow::{Result, bail};
 
-use super::plots::Figure;
+use super::figure::Figure;
 use super::tables::{Entry, Table, Tables};
 use crate::results::Results;
 

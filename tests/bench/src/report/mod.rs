@@ -1,8 +1,9 @@
 //! What people read of a run: the tables on the terminal, the page, and the document in the repository.
 //!
-//! What is said is made once, as [`tables`] and [`plots`] over [`svg`]; the three places differ only in how they show it
+//! What is said is made once, as [`tables`] and as [`plots`] (of [`figure`]s, drawn in [`svg`]); the three places differ only in how they show it
 //! ([`text`], [`html`], [`markdown`]).
 
+mod figure;
 mod html;
 mod markdown;
 mod number;
@@ -49,7 +50,7 @@ pub(crate) fn document(results: &Results, folder: &Path) -> Result<()> {
     write_file(&path, &new)
 }
 
-fn write_plots(figures: &[plots::Figure], folder: &Path) -> Result<()> {
+fn write_plots(figures: &[figure::Figure], folder: &Path) -> Result<()> {
     fs::create_dir_all(folder)
         .with_context(|| format!("cannot make the folder {}", folder.display()))?;
     for figure in figures {
