@@ -20,7 +20,7 @@ th,td{text-align:left;vertical-align:top;padding:4px 14px 4px 0;border-bottom:1p
 th{font-size:12px;color:#59636e}
 table.f td+td,table.f th+th{text-align:right;white-space:nowrap}
 table.f td+td small{display:block}
-table.f td:first-child,table.f th:first-child{position:sticky;left:0;background:#fff}
+table.f td:first-child,table.f th:first-child{position:sticky;left:0;white-space:nowrap;background:#fff}
 td small{display:block}.ways td:first-child{white-space:nowrap}
 .yes{color:#116329}.no{color:#a40e26}.yes,.no{font-weight:bold;white-space:nowrap}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:20px 32px}

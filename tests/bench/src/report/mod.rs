@@ -15,7 +15,7 @@ mod text;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::results::Results;
 
@@ -37,6 +37,10 @@ pub(crate) fn write(results: &Results, folder: &Path) -> Result<()> {
 /// Renews the part between the two marks in `BENCHMARKS.md` in a folder, and the plots in `benchmarks` beside it. What people
 /// wrote around that part stays.
 pub(crate) fn document(results: &Results, folder: &Path) -> Result<()> {
+    ensure!(
+        !results.quick,
+        "a quick run is not for the document: run it without --quick"
+    );
     let path = folder.join("BENCHMARKS.md");
     let old =
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -85,6 +89,11 @@ mod tests {
             assert!(document.contains(&format!("({}/{})", markdown::PLOTS, figure.file())));
             assert!(folder.join(markdown::PLOTS).join(figure.file()).exists());
         }
+        let quick = Results {
+            quick: true,
+            ..results.clone()
+        };
+        assert!(super::document(&quick, &folder).is_err());
         fs::write(folder.join("table.txt"), table(&results)).unwrap();
     }
 }
