@@ -120,14 +120,11 @@ fn goal(results: &Results, judged: &Judged) -> Vec<Entry> {
                 " x",
             )
         }
-        Against::OwnCase(case) => (
-            Entry::new(format!("itself: {}", title(results, case))),
-            " x",
-        ),
-        Against::PerStream(base, streams) => (
-            Entry::new(format!("{base}, for each of {streams} streams")),
-            " KiB",
-        ),
+        Against::OwnCase(case) => (Entry::new(format!("its own {case}")), " x"),
+        Against::PerStream(base, streams) => {
+            let beside = format!("its own {base}, what is added per stream of {streams}");
+            (Entry::new(beside), " KiB")
+        }
     };
     let measured = match &judged.measured {
         Some((_, spread)) => Entry {
