@@ -11,10 +11,16 @@
 //! | `cases` | what is measured of each, and how |
 //! | `run` | the order of it all, and the progress shown |
 //! | `results` | the figures, as they are kept in `results.json` |
+//! | `spread` | medians and ratios of them |
 //! | `goals` | what the ratios are to be, and what they are |
 //! | `report` | the page with its plots, the table on the terminal, and the document |
 
+mod goals;
+mod report;
 mod results;
+#[cfg(test)]
+mod sample;
+mod spread;
 mod ways;
 
 fn main() {}
