@@ -1,8 +1,9 @@
-//! `cargo xtask`: the project's two commands, `demo` and `test`, and `lab`, which only prepares what both need.
+//! `cargo xtask`: the project's commands `demo`, `test` and `bench`, and `lab`, which only prepares what they need.
 //!
 //! They are programs and not shell scripts so that they can tell what went wrong and what cures it, and because the
 //! tests boot the same guests through the same library.
 
+mod bench;
 mod daemon;
 mod demo;
 mod fuzz;
@@ -16,7 +17,7 @@ use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 use virtproxy_lab::Lab;
 
-/// Runs the demonstration and the tests of virtproxy.
+/// Runs the demonstration, the tests and the benchmark of virtproxy.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", after_help = ENVIRONMENT)]
 struct Arguments {
@@ -30,6 +31,8 @@ enum Task {
     Demo(demo::Arguments),
     /// Runs every test there is, with the same set-up
     Test(test::Arguments),
+    /// Measures every way into a guest, side by side
+    Bench(bench::Arguments),
     /// Only fetches and builds what guests need, and says what there is
     Lab,
 }
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
+        Task::Bench(arguments) => bench::run(&arguments),
         Task::Lab => lab(),
     };
     match result {
