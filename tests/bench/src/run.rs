@@ -226,18 +226,18 @@ impl Run<'_> {
             self.progress.say(&format!("{name} {round}/{rounds}:"));
             let mut failures = String::new();
             for (contender, all) in contenders.iter_mut().zip(&mut all) {
-                interrupt::check()?;
+                interrupt::check().inspect_err(|_| self.progress.say("\n"))?;
                 self.progress.pass(measurement.seconds);
                 if contender.cannot(measurement).is_some() || contender.failures >= PATIENCE {
                     continue;
                 }
                 let key = contender.way.key();
-                self.progress.say(&format!(" {key}"));
+                self.progress.say(&format!("  {key}"));
                 let measured = contender.measure(measurement);
                 match &measured {
-                    Ok(figures) => self.progress.say(&format!(" {:.0},", figures[0])),
+                    Ok(figures) => self.progress.say(&format!(" {:.0}", figures[0])),
                     Err(reason) => {
-                        self.progress.say(" FAILED,");
+                        self.progress.say(" FAILED");
                         failures += &format!("    {key}: {reason}\n");
                     }
                 }

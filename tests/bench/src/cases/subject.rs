@@ -147,3 +147,42 @@ pub(super) fn within<T>(
         result
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+    use std::time::Instant;
+
+    #[test]
+    fn a_stall_is_an_error_with_a_reason() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let streams = [stream];
+        let begun = Instant::now();
+        let limit = Duration::from_millis(50);
+        let error = within(limit, &streams, || answer(&streams[0])).unwrap_err();
+        assert_eq!(error.to_string(), "not done within 50ms");
+        assert!(begun.elapsed() >= limit);
+    }
+
+    #[test]
+    fn an_error_before_the_limit_is_told_as_it_is() {
+        let error = within(CONNECT_LIMIT, &[], || -> Result<()> { bail!("refused") });
+        assert_eq!(error.unwrap_err().to_string(), "refused");
+    }
+
+    #[test]
+    fn cpu_time_is_counted_by_thread() {
+        let of = |host: &[(u32, u64)]| Cpu {
+            host: host
+                .iter()
+                .map(|(id, ms)| (*id, Duration::from_millis(*ms)))
+                .collect(),
+            guest: BTreeMap::new(),
+        };
+        // One thread has ended, one is new.
+        let (before, now) = (of(&[(1, 9000), (2, 500)]), of(&[(2, 750), (3, 250)]));
+        assert_eq!(now.since(&before), [0.5, 0.0]);
+    }
+}
