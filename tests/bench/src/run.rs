@@ -260,9 +260,9 @@ impl Run<'_> {
         contender: &Contender<'_>,
         measured: &[Result<Vec<f64>, String>],
     ) {
-        let mut failures: Vec<_> = (1..)
-            .zip(measured)
-            .filter_map(|(round, one)| Some(format!("round {round}: {}", one.as_ref().err()?)))
+        let mut failures: Vec<_> = measured
+            .iter()
+            .filter_map(|one| one.as_ref().err().cloned())
             .collect();
         if measured.len() < rounds as usize {
             failures.push(format!("given up after round {}", measured.len()));

@@ -13,7 +13,7 @@ use virtproxy_tests::peer::{give, take};
 use super::subject::{Subject, answer, request, within};
 
 /// How long a transfer is to take.
-const LENGTH: Duration = Duration::from_millis(700);
+const LENGTH: Duration = Duration::from_millis(600);
 
 /// A transfer that is shorter tells nothing of how fast longer ones are.
 const TELLING: Duration = Duration::from_millis(200);

@@ -16,7 +16,7 @@ use super::subject::{Subject, answer, request, within};
 const SIZE: usize = 64;
 
 /// How long calls go on.
-const ALONE: Duration = Duration::from_secs(1);
+const ALONE: Duration = Duration::from_millis(800);
 
 /// The same beside bulk, where ways are that make but a few dozen in that time.
 const BESIDE_BULK: Duration = Duration::from_secs(2);

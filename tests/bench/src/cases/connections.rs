@@ -8,7 +8,7 @@ use anyhow::Result;
 use super::subject::{NOTHING, Subject, connect};
 
 /// How long each client goes on.
-const LENGTH: Duration = Duration::from_millis(800);
+const LENGTH: Duration = Duration::from_millis(600);
 
 /// How many connections a second `clients` clients get, each making one after the other.
 pub(super) fn rate(way: &mut Subject, clients: usize) -> Result<Vec<f64>> {

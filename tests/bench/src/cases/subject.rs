@@ -5,13 +5,13 @@
 //! what is still on its way in them.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use virtproxy_tests::measure::cpu_by_thread;
 
 use super::bulk::Direction;
@@ -102,7 +102,12 @@ pub(super) fn connect(address: &str, first: &str) -> Result<TcpStream> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(CONNECT_LIMIT))?;
     request(&stream, first)?;
-    answer(&stream).context("a new connection gives no answer")?;
+    answer(&stream).map_err(|error| match error.downcast_ref().map(io::Error::kind) {
+        Some(io::ErrorKind::WouldBlock) => {
+            anyhow!("a new connection gives no answer within {CONNECT_LIMIT:?}")
+        }
+        _ => error.context("a new connection gives no answer"),
+    })?;
     stream.set_read_timeout(None)?;
     Ok(stream)
 }
