@@ -9,7 +9,7 @@
 //! | --- | --- |
 //! | `ways` | the ways: ours, the floors under it, and what a user would pick instead |
 //! | `cases` | what is measured of each, and how |
-//! | `run` | the order of it all; `progress` and `interrupt`, what is shown meanwhile and how it is broken off |
+//! | `run` | the order of it all; `progress`, `interrupt` and `limits` serve it |
 //! | `about` | the machine and the version that were measured |
 //! | `results` | the figures, as they are kept in `results.json` |
 //! | `spread` | medians and ratios of them |
