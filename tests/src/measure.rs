@@ -1,6 +1,8 @@
 //! Figures: latencies and what processes use.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -101,4 +103,34 @@ impl Usage {
             .output()?;
         Self::parse(&String::from_utf8_lossy(&output.stdout))
     }
+}
+
+/// The CPU time of each thread of the process `pid` of this machine, by thread id.
+pub fn cpu_by_thread(pid: u32) -> Result<BTreeMap<u32, Duration>> {
+    let folder = format!("/proc/{pid}/task");
+    let mut times = BTreeMap::new();
+    for thread in fs::read_dir(&folder).with_context(|| format!("no process {pid}"))? {
+        let thread = thread?;
+        // One that has ended since is not there any more.
+        let Ok(text) = fs::read_to_string(thread.path().join("schedstat")) else {
+            continue;
+        };
+        let nanos = text.split(' ').next().and_then(|text| text.parse().ok());
+        let id = thread
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
+        let (id, nanos) = id.zip(nanos).context("not what /proc says of a thread")?;
+        times.insert(id, Duration::from_nanos(nanos));
+    }
+    Ok(times)
+}
+
+/// A shell line that prints the KiB that the processes `pids` hold, or 0 for none: each page counted once, and none that
+/// they share with a guest as its memory. It runs on the host as well as in a guest.
+pub fn memory_script(pids: &str) -> String {
+    format!(
+        "for p in {pids}; do cat /proc/$p/smaps_rollup; done | \
+         awk '/^Pss:/ {{ sum += $2 }} /^Pss_Shmem:/ {{ sum -= $2 }} END {{ print sum + 0 }}'"
+    )
 }

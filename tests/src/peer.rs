@@ -18,16 +18,23 @@
 //! | line | what the service does |
 //! | --- | --- |
 //! | `TAKE n` | reads `n` bytes, then answers with one |
-//! | `GIVE n` | sends `n` zero bytes |
-//! | `BOUNCE n size` | sends back `n` messages of `size` bytes |
+//! | `GIVE n` | sends `n` bytes |
+//! | `SWAP n` | sends `n` bytes while it reads as many, then answers with one |
+//! | `BOUNCE size` | sends back messages of `size` bytes, of which one that begins with a zero is the last |
+//!
+//! And `HOLD` answers with one byte, then keeps the connection until the client ends it, at no cost: ten thousand of
+//! them are a test of what lies between, not of this.
 
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{LazyLock, OnceLock};
+use std::thread::{self, Scope};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
+use tokio::runtime::{Builder, Handle};
 
 /// Bytes moved in one go.
 const CHUNK: usize = 64 * 1024;
@@ -58,57 +65,133 @@ impl Pattern {
     }
 }
 
-/// Serves clients on `listener`, each in a thread, until the process ends.
+/// Bytes to send in one go, where it does not matter which: ones, since a page of zeros may be no page at all.
+pub static BULK: LazyLock<Vec<u8>> = LazyLock::new(|| vec![1; 4 * CHUNK]);
+
+/// Serves clients on `listener` until the process ends. Each has a thread, which then waits for the next one: to start
+/// a thread costs a guest more than a short connection does.
 pub fn serve(listener: &TcpListener) {
-    for client in listener.incoming().flatten() {
-        std::thread::spawn(move || {
-            // A client that goes away in the middle is its own business.
-            let _ = attend(&client);
-        });
+    let waiting = AtomicUsize::new(0);
+    thread::scope(|scope| serve_in(scope, listener, &waiting));
+}
+
+fn serve_in<'s>(scope: &'s Scope<'s, '_>, listener: &'s TcpListener, waiting: &'s AtomicUsize) {
+    loop {
+        waiting.fetch_add(1, Ordering::Relaxed);
+        let client = listener.accept();
+        if waiting.fetch_sub(1, Ordering::Relaxed) == 1 {
+            scope.spawn(|| serve_in(scope, listener, waiting));
+        }
+        // A client that goes away in the middle is its own business.
+        let _ = client
+            .map_err(Into::into)
+            .and_then(|(client, _)| attend(client));
     }
 }
 
-fn attend(client: &TcpStream) -> Result<()> {
+fn attend(client: TcpStream) -> Result<()> {
     client.set_nodelay(true)?;
-    let mut reader = BufReader::with_capacity(CHUNK, client);
-    while converse(&mut reader, client)? {}
+    let mut reader = BufReader::with_capacity(CHUNK, &client);
+    let mut buf = Vec::new();
+    loop {
+        match converse(&mut reader, &client, &mut buf)? {
+            Next::Line => {}
+            Next::Hold => break hold(client),
+            Next::End => break Ok(()),
+        }
+    }
+}
+
+/// Keeps `client` until it ends, without a thread of its own.
+fn hold(client: TcpStream) -> Result<()> {
+    static HOLDER: OnceLock<Handle> = OnceLock::new();
+    let holder = HOLDER.get_or_init(|| {
+        let runtime = Builder::new_current_thread().enable_io().build();
+        let runtime = runtime.expect("a process can have an epoll");
+        let handle = runtime.handle().clone();
+        thread::spawn(move || runtime.block_on(std::future::pending::<()>()));
+        handle
+    });
+    client.set_nonblocking(true)?;
+    holder.spawn(async move { tokio::net::TcpStream::from_std(client)?.readable().await });
     Ok(())
 }
 
-/// Does what the client's next line says; whether there may be another.
-fn converse(reader: &mut BufReader<&TcpStream>, client: &TcpStream) -> Result<bool> {
+/// Reads `n` bytes and forgets them.
+pub fn take(reader: &mut impl Read, n: u64, buf: &mut Vec<u8>) -> Result<()> {
+    buf.resize(4 * CHUNK, 0);
+    let mut left = n;
+    while left > 0 {
+        let most = usize::try_from(left).unwrap_or(usize::MAX).min(buf.len());
+        let n = reader.read(&mut buf[..most])?;
+        ensure!(n > 0, "cut off");
+        left -= n as u64;
+    }
+    Ok(())
+}
+
+/// Sends `n` bytes, whichever.
+pub fn give(writer: &mut impl Write, n: u64) -> Result<()> {
+    let mut left = n;
+    while left > 0 {
+        let most = usize::try_from(left).unwrap_or(usize::MAX).min(BULK.len());
+        writer.write_all(&BULK[..most])?;
+        left -= most as u64;
+    }
+    Ok(())
+}
+
+/// What is to be done when a request is.
+enum Next {
+    /// Read the next line.
+    Line,
+    /// Keep the connection as it is.
+    Hold,
+    /// End it.
+    End,
+}
+
+/// Does what the client's next line says.
+fn converse(
+    reader: &mut BufReader<&TcpStream>,
+    client: &TcpStream,
+    buf: &mut Vec<u8>,
+) -> Result<Next> {
     let mut line = String::new();
     reader.read_line(&mut line)?;
     let words: Vec<_> = line.split_whitespace().collect();
     let mut writer = client;
     match words[..] {
         ["TAKE", n] => {
-            let (mut buf, mut left) = (vec![0; 4 * CHUNK], n.parse()?);
-            while left > 0 {
-                let most = buf.len().min(left);
-                let n = reader.read(&mut buf[..most])?;
-                ensure!(n > 0, "cut off");
-                left -= n;
-            }
+            take(reader, n.parse()?, buf)?;
             writer.write_all(b"!")?;
-            return Ok(true);
+            return Ok(Next::Line);
         }
         ["GIVE", n] => {
-            let (buf, mut left) = (vec![0; 4 * CHUNK], n.parse()?);
-            while left > 0 {
-                let most = buf.len().min(left);
-                writer.write_all(&buf[..most])?;
-                left -= most;
-            }
-            return Ok(true);
+            give(&mut writer, n.parse()?)?;
+            return Ok(Next::Line);
         }
-        ["BOUNCE", n, size] => {
-            let mut message = vec![0; size.parse()?];
-            for _ in 0..n.parse::<u64>()? {
+        ["SWAP", n] => {
+            let n = n.parse()?;
+            thread::scope(|scope| {
+                let giver = scope.spawn(|| give(&mut &*client, n));
+                take(reader, n, buf)?;
+                giver.join().expect("the giver does not panic")
+            })?;
+            writer.write_all(b"!")?;
+            return Ok(Next::Line);
+        }
+        ["HOLD"] => {
+            writer.write_all(b"!")?;
+            return Ok(Next::Hold);
+        }
+        ["BOUNCE", size] => {
+            let mut message = vec![1; size.parse()?];
+            while message.first().is_some_and(|first| *first != 0) {
                 reader.read_exact(&mut message)?;
                 writer.write_all(&message)?;
             }
-            return Ok(true);
+            return Ok(Next::Line);
         }
         ["ECHO"] => {
             io::copy(reader, &mut writer)?;
@@ -151,7 +234,7 @@ fn converse(reader: &mut BufReader<&TcpStream>, client: &TcpStream) -> Result<bo
         [] => {}
         _ => anyhow::bail!("unknown request {line:?}"),
     }
-    Ok(false)
+    Ok(Next::End)
 }
 
 /// Writes `n` bytes of the pattern of `seed`; their hash.
@@ -366,6 +449,64 @@ impl Caller {
             Ok(_) => anyhow::bail!("a byte came that nobody sent"),
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(()),
             Err(error) => Err(error).context("the connection did not end"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn start() -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        thread::spawn(move || serve(&listener));
+        address
+    }
+
+    fn answer(mut stream: &TcpStream) {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        assert_eq!(byte, *b"!");
+    }
+
+    #[test]
+    fn one_connection_takes_one_request_after_the_other() {
+        let mut stream = &request(&start(), "TAKE 100000").unwrap();
+        give(&mut stream, 100_000).unwrap();
+        answer(stream);
+        let mut buf = Vec::new();
+        writeln!(stream, "GIVE 1000000").unwrap();
+        take(&mut stream, 1_000_000, &mut buf).unwrap();
+        writeln!(stream, "SWAP 3000000").unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| give(&mut &*stream, 3_000_000).unwrap());
+            take(&mut &*stream, 3_000_000, &mut buf).unwrap();
+        });
+        answer(stream);
+        writeln!(stream, "BOUNCE 8").unwrap();
+        for message in [[1; 8], [2; 8], [0; 8]] {
+            stream.write_all(&message).unwrap();
+            let mut back = [9; 8];
+            stream.read_exact(&mut back).unwrap();
+            assert_eq!(message, back);
+        }
+        writeln!(stream, "TAKE 0").unwrap();
+        answer(stream);
+    }
+
+    #[test]
+    fn connections_that_are_held_stay_open_and_keep_nobody_waiting() {
+        let address = start();
+        let held: Vec<_> = (0..300)
+            .map(|_| request(&address, "HOLD").unwrap())
+            .collect();
+        held.iter().for_each(answer);
+        Caller::new(&address).unwrap().call(b"another").unwrap();
+        for stream in &held {
+            stream.set_nonblocking(true).unwrap();
+            let error = { stream }.read(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
         }
     }
 }

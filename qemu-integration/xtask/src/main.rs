@@ -1,9 +1,10 @@
-//! `cargo xtask`: the project's commands, `demo` and `test`; `instructions`, which counts what the mux costs; and `lab`, which
-//! only prepares what guests need.
+//! `cargo xtask`: the project's commands `demo`, `test` and `bench`; `instructions`, which counts what the mux costs; and
+//! `lab`, which only prepares what guests need.
 //!
 //! They are programs and not shell scripts so that they can tell what went wrong and what cures it, and because the
 //! tests boot the same guests through the same library.
 
+mod bench;
 mod daemon;
 mod demo;
 mod fuzz;
@@ -18,7 +19,7 @@ use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 use virtproxy_lab::Lab;
 
-/// Runs the demonstration and the tests of virtproxy.
+/// Runs the demonstration, the tests and the benchmark of virtproxy.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", after_help = ENVIRONMENT)]
 struct Arguments {
@@ -34,6 +35,8 @@ enum Task {
     Test(test::Arguments),
     /// Counts the instructions of the mux's operations, beside those that are kept (needs valgrind)
     Instructions(instructions::Arguments),
+    /// Measures every way into a guest, side by side
+    Bench(bench::Arguments),
     /// Only fetches and builds what guests need, and says what there is
     Lab,
 }
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
         Task::Instructions(arguments) => instructions::run(&arguments),
+        Task::Bench(arguments) => bench::run(&arguments),
         Task::Lab => lab(),
     };
     match result {

@@ -4,7 +4,7 @@
 //! `#[ignore]`d. They run here, in release, one at a time (they measure latencies, and the emulator wants every core).
 
 use crate::steps::{Steps, run as run_command};
-use crate::{fuzz, instructions, workspace};
+use crate::{bench, fuzz, instructions, workspace};
 use anyhow::Result;
 use std::process::Command;
 use virtproxy_lab::Lab;
@@ -43,6 +43,10 @@ const STEPS: &[(&str, &str)] = &[
     ("release", "the programs build"),
     ("lab", "QEMU, kernel and guest image are there"),
     ("guest", "tests with real guests"),
+    (
+        "bench",
+        "virtproxy is not far behind a bare relay of the same run",
+    ),
 ];
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
@@ -121,6 +125,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             .env("RUST_LIB_BACKTRACE", "0")
             .env("VIRTPROXY_BIN_DIR", target.join("release")),
     )?;
+    steps.step("bench", || bench::quick().map(|()| None))?;
     steps.finish()
 }
 

@@ -21,6 +21,16 @@ pub(crate) struct Results {
     pub(crate) cells: Vec<Cell>,
 }
 
+impl Results {
+    /// Whether there is any figure.
+    pub(crate) fn measured(&self) -> bool {
+        self.cells.iter().any(|cell| match &cell.outcome {
+            Outcome::Figures { figures, .. } => figures.iter().any(Option::is_some),
+            Outcome::Cannot(_) => false,
+        })
+    }
+}
+
 /// A way into the guest.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct WayInfo {
