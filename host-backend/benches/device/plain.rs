@@ -1,0 +1,154 @@
+//! The floors: a plain copy, and a UNIX socket with nothing else at either end.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+use crate::MIB;
+use crate::ends::{End, Payload};
+use virtproxy_engine::segment::Segment;
+
+/// Memory that is walked through.
+pub(crate) const MEMORY: usize = 64 * MIB;
+/// What fits in a cache.
+const CACHED: usize = 32 * 1024;
+const MAX_READ: usize = 256 * 1024;
+
+/// Copies between the buffers of a ring and memory.
+pub(crate) struct Copier {
+    to_guest: bool,
+    buffers: Vec<Segment<'static>>,
+    next: usize,
+    payload: Payload,
+    cached: Payload,
+}
+
+impl Copier {
+    pub(crate) fn new((to_guest, buffers): (bool, Vec<Segment<'static>>)) -> Self {
+        Copier {
+            to_guest,
+            buffers,
+            next: 0,
+            payload: Payload::copied(MEMORY),
+            cached: Payload::copied(CACHED),
+        }
+    }
+
+    /// Through all buffers in turn.
+    pub(crate) fn copy(&mut self, bytes: usize) -> Duration {
+        let start = Instant::now();
+        let mut left = bytes;
+        self.payload.send_more(bytes + CACHED);
+        while left > 0 {
+            let buffer = &self.buffers[self.next..=self.next];
+            self.next = (self.next + 1) % self.buffers.len();
+            match self.to_guest {
+                true => drop(self.payload.fill(buffer)),
+                false => self.payload.on_bytes(buffer),
+            }
+            left = left.saturating_sub(buffer[0].len());
+        }
+        start.elapsed()
+    }
+
+    /// The same buffer again and again.
+    pub(crate) fn copy_cached(&mut self, bytes: usize) -> Duration {
+        let start = Instant::now();
+        let len = self.buffers[0].len();
+        self.cached.send_more(bytes);
+        for _ in 0..bytes / len {
+            match self.to_guest {
+                true => drop(self.cached.fill(&self.buffers[..1])),
+                false => self.cached.on_bytes(&self.buffers[..1]),
+            }
+        }
+        start.elapsed()
+    }
+}
+
+/// What a thread is to do with its socket.
+enum Order {
+    Read(usize),
+    Write { bytes: usize, each: usize },
+}
+
+/// A thread that reads a socket into memory and writes it from memory.
+pub(crate) struct Peer(mpsc::Sender<(Order, oneshot::Sender<()>)>);
+
+impl Peer {
+    /// The socket is there when `connect` returns.
+    pub(crate) fn start(connect: impl FnOnce() -> UnixStream + Send + 'static) -> Self {
+        let (orders, come) = mpsc::channel::<(Order, oneshot::Sender<()>)>();
+        thread::spawn(move || {
+            let mut socket = connect();
+            let mut memory = vec![1; MEMORY];
+            let mut at = 0;
+            for (order, done) in come {
+                match order {
+                    Order::Read(bytes) => {
+                        let mut left = bytes;
+                        while left > 0 {
+                            let most = MAX_READ.min(left);
+                            let n = socket.read(&mut memory[..most]).unwrap();
+                            assert!(n > 0, "cut off");
+                            left -= n;
+                        }
+                    }
+                    Order::Write { bytes, each } => {
+                        for _ in 0..bytes / each {
+                            socket.write_all(&memory[at..at + each]).unwrap();
+                            at = (at + each) % MEMORY;
+                        }
+                    }
+                }
+                let _ = done.send(());
+            }
+        });
+        Peer(orders)
+    }
+
+    /// Completes when so much was read.
+    pub(crate) fn read(&self, bytes: usize) -> oneshot::Receiver<()> {
+        self.order(Order::Read(bytes))
+    }
+
+    /// Completes when so much was written.
+    pub(crate) fn write(&self, bytes: usize, each: usize) -> oneshot::Receiver<()> {
+        self.order(Order::Write { bytes, each })
+    }
+
+    fn order(&self, order: Order) -> oneshot::Receiver<()> {
+        let (done, when_done) = oneshot::channel();
+        self.0.send((order, done)).unwrap();
+        when_done
+    }
+}
+
+/// A socket pair between two threads.
+pub(crate) struct Pair {
+    writer: Peer,
+    reader: Peer,
+}
+
+impl Pair {
+    pub(crate) fn new() -> Self {
+        let (near, far) = UnixStream::pair().unwrap();
+        Pair {
+            writer: Peer::start(move || near),
+            reader: Peer::start(move || far),
+        }
+    }
+
+    /// Carries so many bytes, with writes of this length.
+    pub(crate) async fn carry(&mut self, bytes: usize, each: usize) -> Duration {
+        let start = Instant::now();
+        let read = self.reader.read(bytes);
+        let _written = self.writer.write(bytes, each);
+        read.await.unwrap();
+        start.elapsed()
+    }
+}
