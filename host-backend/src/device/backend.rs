@@ -19,8 +19,8 @@ use vmm_sys_util::event::{
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::Shared;
+use super::chains::Direction;
 use super::port::Rings;
-use super::ring::Direction;
 use super::vring::{Memory, Vring};
 
 /// VIRTIO_CONSOLE_F_SIZE, VIRTIO_CONSOLE_F_MULTIPORT and VIRTIO_CONSOLE_F_EMERG_WRITE, the numbers of feature bits.

@@ -46,6 +46,7 @@
 //! [`Link`]: virtproxy_engine::channel::Link
 
 mod backend;
+mod chains;
 mod control;
 mod control_queue;
 mod from_guest;

@@ -31,9 +31,10 @@ use virtio_queue::QueueT;
 use virtproxy_engine::channel::{BoxFuture, Channel, Link, Progress, Sink, Source};
 use vm_memory::GuestAddressSpace;
 
+use super::chains::{self, Batch, Direction};
 use super::control::HostSide;
 use super::quiet::Quiet;
-use super::ring::{self, Batch, Direction, Fault};
+use super::ring::{Fault, Ring};
 use super::sessions::{Sessions, Standing, chains_left};
 use super::signal::Signal;
 use super::to_guest::Pace;
@@ -272,21 +273,20 @@ impl Cell {
             return false;
         };
         let memory = rings.memory.memory();
-        let mut ring = rings.from_guest.get_mut();
-        if !goes || !is_running(&ring) {
+        let mut vring = rings.from_guest.get_mut();
+        if !goes || !is_running(&vring) {
             return false;
         }
-        let queue = ring.get_queue_mut();
-        let since = queue.next_used();
-        let max = match standing {
-            Standing::Closed { end } => chains_left(queue.next_avail(), end, queue.size()),
-            _ => queue.size(),
-        };
-        let result = ring::discard(queue, &memory, usize::from(max))
-            .and_then(|_| ring::notify(&mut ring, &memory, since))
-            .and_then(|()| Ok(ring.enable_notification()?));
+        let result = Ring::new(&mut vring, &memory).and_then(|mut ring| {
+            let max = match standing {
+                Standing::Closed { end } => chains_left(ring.next(), end, ring.size()),
+                _ => ring.size(),
+            };
+            chains::discard(&mut ring, max)?;
+            Ok(ring.arm(1))
+        });
         let closed = standing != Standing::Open;
-        drop(ring);
+        drop(vring);
         if closed {
             // Should the ring be unusable, there is nothing to wait for either.
             state.sessions.forget_abandoned();
@@ -310,10 +310,13 @@ impl State {
     fn close(&mut self) {
         self.check_restart();
         if let Some(rings) = &self.rings {
-            let (ring, memory) = (rings.from_guest.get_ref(), rings.memory.memory());
-            let queue = ring.get_queue();
-            let end = ring::available_to(queue, &memory);
-            self.sessions.close(end, queue.next_avail());
+            let (mut vring, memory) = (rings.from_guest.get_mut(), rings.memory.memory());
+            let next = vring.get_queue().next_avail();
+            // None that can be taken, if what the driver says makes no sense.
+            let available = Ring::new(&mut vring, &memory)
+                .and_then(|ring| ring.available())
+                .unwrap_or(0);
+            self.sessions.close(next.wrapping_add(available), next);
         }
     }
 
