@@ -108,7 +108,7 @@ fn main() {
 }
 
 async fn measure(extent: &Extent) {
-    let mut device = Memory::device();
+    let mut device = Memory::device().await;
     let mut mux = Memory::mux().await;
     let mut whole = Sockets::start().await;
     let mut pair = Pair::new();

@@ -64,23 +64,23 @@ pub(crate) struct Memory {
 
 impl Memory {
     /// The link alone.
-    pub(crate) fn device() -> Self {
-        Self::new(Payload::copied(MEMORY), Payload::default())
+    pub(crate) async fn device() -> Self {
+        Self::new(Payload::copied(MEMORY), Payload::default()).await
     }
 
     /// The link and a session.
     pub(crate) async fn mux() -> Self {
         let near = Mux::new(false, Payload::copied(MEMORY));
-        let mut memory = Self::new(near, Mux::new(true, Payload::default()));
+        let mut memory = Self::new(near, Mux::new(true, Payload::default())).await;
         memory
             .run(|end, orders| end.is_ready() && orders.is_ready())
             .await;
         memory
     }
 
-    fn new(near: impl End + 'static, far: impl End + 'static) -> Self {
+    async fn new(near: impl End + 'static, far: impl End + 'static) -> Self {
         let (handle, mut port, guest) = boot();
-        let link = crate::frontend::Host::open(&mut port).link;
+        let link = port.open().await.unwrap();
         let starts = [0, 1].map(|ring| guest.buffer(ring, 0));
         Memory {
             link,

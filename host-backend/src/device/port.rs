@@ -33,6 +33,7 @@ use vm_memory::GuestAddressSpace;
 
 use super::chains::{self, Batch, Direction};
 use super::control::HostSide;
+use super::kick::Kicks;
 use super::quiet::Quiet;
 use super::ring::{Fault, Ring};
 use super::sessions::{Sessions, Standing, chains_left};
@@ -48,6 +49,8 @@ pub(super) struct Cell {
     state: Mutex<State>,
     /// Mirrors `State::sessions`, so that a kick need not wait for a transaction to end.
     discarding: AtomicBool,
+    /// A link hears the kicks itself.
+    watched: AtomicBool,
     /// There may be something to receive, room to send, or the link has ended.
     pub(super) link: Signal,
     /// There may be a session to claim.
@@ -103,6 +106,7 @@ impl Cell {
                 blinked: false,
             }),
             discarding: AtomicBool::new(true),
+            watched: AtomicBool::new(false),
             link: Signal::default(),
             opened: Signal::default(),
             emergency: Mutex::default(),
@@ -220,6 +224,11 @@ impl Cell {
         }
     }
 
+    /// Whether a link hears the kicks itself.
+    pub(super) fn is_watched(&self) -> bool {
+        self.watched.load(Ordering::SeqCst)
+    }
+
     /// Whether the frontend has set up the ring from the guest at all.
     pub(super) fn configured(&self) -> bool {
         let state = self.lock();
@@ -302,6 +311,12 @@ impl Cell {
 }
 
 impl State {
+    /// Gives the next session to a link, if there is one.
+    fn claim(&mut self) -> Option<(u64, Kicks)> {
+        let kicks = Kicks::new(self.rings.as_ref()?);
+        Some((self.sessions.claim()?, kicks))
+    }
+
     fn restart(&mut self) {
         self.sessions.clear();
         self.stopped_at = None;
@@ -362,12 +377,13 @@ impl Port {
     /// What [`Channel::open`] waits for.
     pub fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<Box<dyn Link>> {
         loop {
-            let claimed = self.cell().lock().sessions.claim();
-            if let Some(generation) = claimed {
+            let claimed = self.cell().lock().claim();
+            if let Some((generation, kicks)) = claimed {
                 let link = PortLink {
                     shared: self.shared.clone(),
                     index: self.index,
                     generation,
+                    kicks,
                     batch: Batch::default(),
                     pace: Pace::new(),
                 };
@@ -436,6 +452,7 @@ struct PortLink {
     shared: Arc<Shared>,
     index: usize,
     generation: u64,
+    kicks: Kicks,
     /// Only its buffers matter from call to call.
     batch: Batch<'static>,
     pace: Pace,
@@ -468,13 +485,20 @@ impl Link for PortLink {
     }
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.shared.ports[self.index].link.poll(cx)
+        let cell = &self.shared.ports[self.index];
+        let watched = self.kicks.watch();
+        cell.watched.store(watched, Ordering::SeqCst);
+        match (self.kicks.poll(cx), cell.link.poll(cx)) {
+            (Poll::Pending, Poll::Pending) => Poll::Pending,
+            _ => Poll::Ready(()),
+        }
     }
 }
 
 impl Drop for PortLink {
     fn drop(&mut self) {
         let cell = &self.shared.ports[self.index];
+        cell.watched.store(false, Ordering::SeqCst);
         cell.change(|state| state.sessions.release(self.generation));
         self.shared.poke();
     }
