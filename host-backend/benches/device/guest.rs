@@ -23,6 +23,8 @@ const RING_OUT: usize = 1;
 /// What the guest is told, and what it tells.
 pub(crate) struct Orders {
     to_send: AtomicUsize,
+    /// Answer whatever comes with as much.
+    answer: AtomicBool,
     /// Poll the rings instead of waiting for interrupts.
     poll: AtomicBool,
     stop: AtomicBool,
@@ -39,6 +41,10 @@ impl Orders {
     pub(crate) fn send(&self, bytes: usize) {
         self.to_send.fetch_add(bytes, Ordering::SeqCst);
         self.wake.write(1).unwrap();
+    }
+
+    pub(crate) fn answer(&self, on: bool) {
+        self.answer.store(on, Ordering::SeqCst);
     }
 
     pub(crate) fn poll(&self, on: bool) {
@@ -70,6 +76,7 @@ impl GuestThread {
     pub(crate) fn start(mut guest: Guest, end: impl End + 'static) -> Self {
         let orders = Arc::new(Orders {
             to_send: AtomicUsize::new(0),
+            answer: AtomicBool::new(false),
             poll: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             wake: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
@@ -105,7 +112,13 @@ fn run(guest: &mut Guest, mut end: impl End, orders: &Orders) {
             0 => {}
             more => end.send_more(more),
         }
-        if receive(guest, &mut end) | send(guest, &mut end) {
+        let before = end.received();
+        let mut moved = receive(guest, &mut end);
+        if orders.answer.load(Ordering::SeqCst) && end.received() > before {
+            end.send_more(end.received() - before);
+        }
+        moved |= send(guest, &mut end);
+        if moved {
             let nanos = u64::try_from(start.elapsed().as_nanos()).unwrap();
             orders.work.fetch_add(nanos, Ordering::SeqCst);
             orders.received.store(end.received(), Ordering::SeqCst);

@@ -22,7 +22,8 @@
 //! needs a processor too, the guest waits for interrupts as Linux does.
 //!
 //! All ways have a round each, in turn, and ratios are taken within a round: a drift of the machine hits all alike.
-//! Nothing is asserted of figures. Without `--bench` (`cargo test --benches`) it runs once, with little.
+//! At the end come small calls, from a socket to who answers them and back. Words on the command line choose ways by a part of
+//! their name. Nothing is asserted of figures. Without `--bench` (`cargo test --benches`) it runs once, with little.
 
 mod ends;
 #[path = "../../tests/frontend/mod.rs"]
@@ -44,6 +45,8 @@ const MIB: usize = 1 << 20;
 struct Extent {
     rounds: usize,
     bytes: usize,
+    calls: usize,
+    rows: Vec<Row>,
 }
 
 /// What is measured, in the order of a round.
@@ -90,14 +93,24 @@ enum Way {
 }
 
 fn main() {
-    let extent = match std::env::args().any(|word| word == "--bench") {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let (flags, chosen): (Vec<_>, Vec<_>) = words.iter().partition(|word| word.starts_with("--"));
+    let is_chosen = |row: &Row| {
+        chosen.is_empty() || chosen.iter().any(|word| row.name().contains(word.as_str()))
+    };
+    let rows = Row::ALL.into_iter().filter(is_chosen).collect();
+    let extent = match flags.iter().any(|flag| *flag == "--bench") {
         true => Extent {
             rounds: 9,
             bytes: 512 * MIB,
+            calls: 5000,
+            rows,
         },
         false => Extent {
             rounds: 1,
             bytes: 8 * MIB,
+            calls: 50,
+            rows,
         },
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -112,18 +125,18 @@ async fn measure(extent: &Extent) {
     let mut mux = Memory::mux().await;
     let mut whole = Sockets::start().await;
     let mut pair = Pair::new();
+    let bytes = extent.bytes;
     for way in [Way::FromGuest, Way::ToGuest] {
         let mut copier = Copier::new(device.buffers(way));
         let mut figures = Figures::new();
         // The first round warms up.
         for round in 0..=extent.rounds {
             let mut row_figures = Vec::new();
-            for row in Row::ALL {
-                let bytes = extent.bytes;
+            for row in &extent.rows {
                 row_figures.push(match row {
                     Row::Copy => (copier.copy(bytes), Duration::ZERO),
                     Row::CachedCopy => (copier.copy_cached(bytes), Duration::ZERO),
-                    Row::Socket(len) => (pair.carry(bytes, len).await, Duration::ZERO),
+                    Row::Socket(len) => (pair.carry(bytes, *len).await, Duration::ZERO),
                     Row::Device => device.carry(way, bytes).await,
                     Row::Mux => mux.carry(way, bytes).await,
                     Row::Whole => whole.carry(way, bytes).await,
@@ -133,12 +146,25 @@ async fn measure(extent: &Extent) {
                 figures.push(row_figures);
             }
         }
-        print(way, extent.bytes, &figures);
+        print(way, extent, &figures);
     }
+    let mut calls = [Vec::new(), Vec::new()];
+    for _ in 0..extent.rounds {
+        calls[0].push(middle(pair.call(extent.calls).await));
+        calls[1].push(middle(whole.call(extent.calls).await));
+    }
+    let [pair, whole] = calls.map(spread);
+    println!("\n64-byte call, median us: UNIX socket {pair}, device, mux, socket {whole}");
 }
 
-fn print(way: Way, bytes: usize, figures: &Figures) {
-    let rows = Row::ALL;
+/// The median of some calls, in microseconds.
+fn middle(mut calls: Vec<Duration>) -> f64 {
+    calls.sort();
+    calls[calls.len() / 2].as_secs_f64() * 1e6
+}
+
+fn print(way: Way, extent: &Extent, figures: &Figures) {
+    let Extent { bytes, rows, .. } = extent;
     let seconds = |round: usize, row: usize| figures[round][row].0.as_secs_f64();
     let fastest = |round: usize, of: &dyn Fn(Row) -> bool| {
         let like = (0..rows.len()).filter(|row| of(rows[*row]));
@@ -153,16 +179,18 @@ fn print(way: Way, bytes: usize, figures: &Figures) {
         figures.len()
     );
     for (at, row) in rows.iter().enumerate() {
-        let rate = each(&|round| bytes as f64 / 1e9 / seconds(round, at));
-        let copy = each(&|round| fastest(round, &|row| row == Row::Copy) / seconds(round, at));
-        let socket = each(&|round| {
-            fastest(round, &|row| matches!(row, Row::Socket(_))) / seconds(round, at)
-        });
-        let guest = each(&|round| {
-            100.0 * figures[round][at].1.as_secs_f64() / figures[round][at].0.as_secs_f64()
-        });
+        let rate = each(&|round| *bytes as f64 / 1e9 / seconds(round, at));
+        let times = |of: &dyn Fn(Row) -> bool| match rows.iter().any(|row| of(*row)) {
+            true => each(&|round| fastest(round, of) / seconds(round, at)),
+            false => "-".to_owned(),
+        };
+        let copy = times(&|row| row == Row::Copy);
+        let socket = times(&|row| matches!(row, Row::Socket(_)));
         let guest = match row {
-            Row::Device | Row::Mux | Row::Whole => guest,
+            Row::Device | Row::Mux | Row::Whole => each(&|round| {
+                let (all, guest) = figures[round][at];
+                100.0 * guest.as_secs_f64() / all.as_secs_f64()
+            }),
             _ => "-".to_owned(),
         };
         println!("| {} | {rate} | {copy} | {socket} | {guest} |", row.name());

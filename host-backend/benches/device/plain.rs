@@ -17,6 +17,8 @@ pub(crate) const MEMORY: usize = 64 * MIB;
 /// What fits in a cache.
 const CACHED: usize = 32 * 1024;
 const MAX_READ: usize = 256 * 1024;
+/// Bytes of a call, and of its answer.
+const CALL: usize = 64;
 
 /// Copies between the buffers of a ring and memory.
 pub(crate) struct Copier {
@@ -73,21 +75,33 @@ impl Copier {
 /// What a thread is to do with its socket.
 enum Order {
     Read(usize),
-    Write { bytes: usize, each: usize },
+    Write {
+        bytes: usize,
+        each: usize,
+    },
+    /// Say a little, hear as much, so many times.
+    Call(usize),
+    /// The other side of that.
+    Answer(usize),
 }
 
+/// How long each call took; empty for other orders.
+type Done = oneshot::Sender<Vec<Duration>>;
+
 /// A thread that reads a socket into memory and writes it from memory.
-pub(crate) struct Peer(mpsc::Sender<(Order, oneshot::Sender<()>)>);
+pub(crate) struct Peer(mpsc::Sender<(Order, Done)>);
 
 impl Peer {
     /// The socket is there when `connect` returns.
     pub(crate) fn start(connect: impl FnOnce() -> UnixStream + Send + 'static) -> Self {
-        let (orders, come) = mpsc::channel::<(Order, oneshot::Sender<()>)>();
+        let (orders, come) = mpsc::channel::<(Order, Done)>();
         thread::spawn(move || {
             let mut socket = connect();
             let mut memory = vec![1; MEMORY];
             let mut at = 0;
             for (order, done) in come {
+                let mut calls = Vec::new();
+                let mut word = [0; CALL];
                 match order {
                     Order::Read(bytes) => {
                         let mut left = bytes;
@@ -104,24 +118,43 @@ impl Peer {
                             at = (at + each) % MEMORY;
                         }
                     }
+                    Order::Call(count) => {
+                        for _ in 0..count {
+                            let start = Instant::now();
+                            socket.write_all(&word).unwrap();
+                            socket.read_exact(&mut word).unwrap();
+                            calls.push(start.elapsed());
+                        }
+                    }
+                    Order::Answer(count) => {
+                        for _ in 0..count {
+                            socket.read_exact(&mut word).unwrap();
+                            socket.write_all(&word).unwrap();
+                        }
+                    }
                 }
-                let _ = done.send(());
+                let _ = done.send(calls);
             }
         });
         Peer(orders)
     }
 
     /// Completes when so much was read.
-    pub(crate) fn read(&self, bytes: usize) -> oneshot::Receiver<()> {
+    pub(crate) fn read(&self, bytes: usize) -> oneshot::Receiver<Vec<Duration>> {
         self.order(Order::Read(bytes))
     }
 
     /// Completes when so much was written.
-    pub(crate) fn write(&self, bytes: usize, each: usize) -> oneshot::Receiver<()> {
+    pub(crate) fn write(&self, bytes: usize, each: usize) -> oneshot::Receiver<Vec<Duration>> {
         self.order(Order::Write { bytes, each })
     }
 
-    fn order(&self, order: Order) -> oneshot::Receiver<()> {
+    /// Completes with how long each of so many calls took.
+    pub(crate) fn call(&self, count: usize) -> oneshot::Receiver<Vec<Duration>> {
+        self.order(Order::Call(count))
+    }
+
+    fn order(&self, order: Order) -> oneshot::Receiver<Vec<Duration>> {
         let (done, when_done) = oneshot::channel();
         self.0.send((order, done)).unwrap();
         when_done
@@ -150,5 +183,11 @@ impl Pair {
         let _written = self.writer.write(bytes, each);
         read.await.unwrap();
         start.elapsed()
+    }
+
+    /// How long each of so many calls takes.
+    pub(crate) async fn call(&mut self, count: usize) -> Vec<Duration> {
+        let _answered = self.reader.order(Order::Answer(count));
+        self.writer.call(count).await.unwrap()
     }
 }

@@ -199,4 +199,12 @@ impl Sockets {
         })
         .await
     }
+
+    /// How long each of so many calls takes, with the guest to answer them.
+    pub(crate) async fn call(&mut self, count: usize) -> Vec<Duration> {
+        self.guest.orders.answer(true);
+        let calls = self.peer.call(count).await.unwrap();
+        self.guest.orders.answer(false);
+        calls
+    }
 }
