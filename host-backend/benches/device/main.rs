@@ -12,7 +12,7 @@
 //! | `device` | its link alone, into (out of) memory, which is a copy of each byte |
 //! | `device and mux` | the link and a session, into memory; a frame's payload is copied once |
 //! | `UNIX socket` | none: a socket pair, one thread writes from memory, another one reads |
-//! | `device, mux, socket` | the whole driver, which connects to the socket of a thread like those |
+//! | `device, mux, socket` | the whole driver, which connects to the socket of a thread like those; once more with `--busy-poll` |
 //!
 //! Memory is 64 MiB walked through from end to end, and all buffers of a ring are used in turn (32 MiB from the guest, 4 MiB
 //! to it), for the copy as for the device: neither gains from a cache that the other one lacks. The goals are measured
@@ -40,6 +40,8 @@ use plain::{Copier, Pair};
 use ways::{Memory, Sockets};
 
 const MIB: usize = 1 << 20;
+/// Of the way that polls.
+const BUSY_POLL: Duration = Duration::from_micros(50);
 
 /// How much is measured.
 struct Extent {
@@ -58,10 +60,11 @@ enum Row {
     Device,
     Mux,
     Whole,
+    Eager,
 }
 
 impl Row {
-    const ALL: [Row; 7] = [
+    const ALL: [Row; 8] = [
         Row::Copy,
         Row::CachedCopy,
         Row::Device,
@@ -69,6 +72,7 @@ impl Row {
         Row::Socket(64 * 1024),
         Row::Socket(256 * 1024),
         Row::Whole,
+        Row::Eager,
     ];
 
     fn name(self) -> String {
@@ -79,6 +83,7 @@ impl Row {
             Row::Device => "device".to_owned(),
             Row::Mux => "device and mux".to_owned(),
             Row::Whole => "device, mux, socket".to_owned(),
+            Row::Eager => "device, mux, socket, busy poll".to_owned(),
         }
     }
 }
@@ -123,7 +128,8 @@ fn main() {
 async fn measure(extent: &Extent) {
     let mut device = Memory::device().await;
     let mut mux = Memory::mux().await;
-    let mut whole = Sockets::start().await;
+    let mut whole = Sockets::start(Duration::ZERO).await;
+    let mut eager = Sockets::start(BUSY_POLL).await;
     let mut pair = Pair::new();
     let bytes = extent.bytes;
     for way in [Way::FromGuest, Way::ToGuest] {
@@ -140,6 +146,7 @@ async fn measure(extent: &Extent) {
                     Row::Device => device.carry(way, bytes).await,
                     Row::Mux => mux.carry(way, bytes).await,
                     Row::Whole => whole.carry(way, bytes).await,
+                    Row::Eager => eager.carry(way, bytes).await,
                 });
             }
             if round > 0 {
@@ -148,13 +155,17 @@ async fn measure(extent: &Extent) {
         }
         print(way, extent, &figures);
     }
-    let mut calls = [Vec::new(), Vec::new()];
+    let mut calls = [Vec::new(), Vec::new(), Vec::new()];
     for _ in 0..extent.rounds {
         calls[0].push(middle(pair.call(extent.calls).await));
         calls[1].push(middle(whole.call(extent.calls).await));
+        calls[2].push(middle(eager.call(extent.calls).await));
     }
-    let [pair, whole] = calls.map(spread);
-    println!("\n64-byte call, median us: UNIX socket {pair}, device, mux, socket {whole}");
+    let [pair, whole, eager] = calls.map(spread);
+    println!(
+        "\n| 64-byte call | median, us |\n| --- | --- |\n| UNIX socket | {pair} |\n\
+         | device, mux, socket | {whole} |\n| device, mux, socket, busy poll | {eager} |"
+    );
 }
 
 /// The median of some calls, in microseconds.
@@ -187,7 +198,7 @@ fn print(way: Way, extent: &Extent, figures: &Figures) {
         let copy = times(&|row| row == Row::Copy);
         let socket = times(&|row| matches!(row, Row::Socket(_)));
         let guest = match row {
-            Row::Device | Row::Mux | Row::Whole => each(&|round| {
+            Row::Device | Row::Mux | Row::Whole | Row::Eager => each(&|round| {
                 let (all, guest) = figures[round][at];
                 100.0 * guest.as_secs_f64() / all.as_secs_f64()
             }),

@@ -154,8 +154,10 @@ pub(crate) struct Sockets {
 }
 
 impl Sockets {
-    pub(crate) async fn start() -> Self {
-        let (handle, port, guest) = boot();
+    /// With a device that polls for so long before it sleeps.
+    pub(crate) async fn start(busy_poll: Duration) -> Self {
+        let (handle, mut port, guest) = boot();
+        port.set_busy_poll(busy_poll);
         let path = socket_path();
         let listener = UnixListener::bind(&path).unwrap();
         let peer = Peer::start(move || listener.accept().unwrap().0);

@@ -49,6 +49,7 @@ mod backend;
 mod chains;
 mod control;
 mod control_queue;
+mod eager;
 mod from_guest;
 mod kick;
 mod port;

@@ -24,6 +24,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tracing::{info, warn};
 use vhost_user_backend::VringT;
@@ -33,6 +34,7 @@ use vm_memory::GuestAddressSpace;
 
 use super::chains::{self, Batch, Direction};
 use super::control::HostSide;
+use super::eager::Eager;
 use super::kick::Kicks;
 use super::quiet::Quiet;
 use super::ring::{Fault, Ring};
@@ -360,6 +362,7 @@ impl State {
 pub struct Port {
     shared: Arc<Shared>,
     index: usize,
+    busy_poll: Duration,
 }
 
 impl Port {
@@ -367,7 +370,13 @@ impl Port {
         Port {
             shared: shared.clone(),
             index,
+            busy_poll: Duration::ZERO,
         }
+    }
+
+    /// How long, at most, links to come look on for something to do before the thread sleeps.
+    pub fn set_busy_poll(&mut self, most: Duration) {
+        self.busy_poll = most;
     }
 
     pub(super) fn slot(&self) -> usize {
@@ -384,6 +393,7 @@ impl Port {
                     index: self.index,
                     generation,
                     kicks,
+                    eager: Eager::new(self.busy_poll),
                     batch: Batch::default(),
                     pace: Pace::new(),
                 };
@@ -453,6 +463,7 @@ struct PortLink {
     index: usize,
     generation: u64,
     kicks: Kicks,
+    eager: Eager,
     /// Only its buffers matter from call to call.
     batch: Batch<'static>,
     pace: Pace,
@@ -460,6 +471,7 @@ struct PortLink {
 
 impl Link for PortLink {
     fn receive(&mut self, sink: &mut Sink<'_>) -> io::Result<Progress> {
+        self.eager.busy();
         let cell = &self.shared.ports[self.index];
         let mut state = cell.lock();
         let goes = state.check_restart();
@@ -489,7 +501,10 @@ impl Link for PortLink {
         let watched = self.kicks.watch();
         cell.watched.store(watched, Ordering::SeqCst);
         match (self.kicks.poll(cx), cell.link.poll(cx)) {
-            (Poll::Pending, Poll::Pending) => Poll::Pending,
+            (Poll::Pending, Poll::Pending) => {
+                self.eager.idle(cx);
+                Poll::Pending
+            }
             _ => Poll::Ready(()),
         }
     }
