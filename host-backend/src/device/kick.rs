@@ -2,8 +2,8 @@
 //!
 //! # Theory of operation
 //!
-//! The library listens for each ring's kick on the data thread. A link that were woken from there would pay for two changes
-//! of thread where one is enough. So a link watches the eventfds of its two rings itself, on the reactor of the thread that
+//! The library listens for each ring's kick on the data thread. A link that is woken from there pays for two changes of
+//! thread where one is enough. So a link watches the eventfds of its two rings itself, on the reactor of the thread that
 //! polls it: edge-triggered, so they are never read.
 //!
 //! ```text
@@ -11,10 +11,9 @@
 //!   guest --eventfd--> data thread --Signal--> engine    guest --eventfd--> engine
 //! ```
 //!
-//! The library's own registration stays, with no events in it while a link is watching. Whoever is right about who listens
-//! is the data thread: when it hears a kick for a ring whose link is watching, it passes it on and becomes deaf to that
-//! ring; when a link is dropped it is poked, and listens again. What was written to the eventfd meanwhile is still in it.
-//! A ring that stops and starts is registered anew by the library, and watched anew by its link (`Vring::kicks` counts).
+//! The library's own registration stays, with no events in it while a link is watching. Nobody but the data thread changes
+//! that: when it hears a kick for a ring whose link is watching, it passes it on and becomes deaf to that ring; when a link
+//! is dropped it is poked, and listens again. What was written to the eventfd meanwhile is still in it. A ring that stops and starts is registered anew by the library, and watched anew by its link (`Vring::kicks` counts).
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -49,9 +48,8 @@ impl Kicks {
 
     /// Watches what eventfds there are now. Whether both rings are watched. Panics outside a tokio runtime.
     pub(super) fn watch(&mut self) -> bool {
-        self.0
-            .iter_mut()
-            .fold(true, |all, kick| kick.watch() && all)
+        let [to_guest, from_guest] = &mut self.0;
+        to_guest.watch() & from_guest.watch()
     }
 
     /// Ready if a ring was kicked since the last time.
