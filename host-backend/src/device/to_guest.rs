@@ -5,7 +5,7 @@
 //! Linux leaves one page in each buffer and one buffer in each chain, and gives each page back as soon as it was
 //! read. Two habits keep that cheap:
 //!
-//! * **A small offer for a small source.** Looking at a buffer costs some hundred nanoseconds, so a source with
+//! * **A small offer for a small source.** Each buffer that is offered has to be looked at, so a source with
 //!   little to say is not offered the whole ring: the offer doubles while the source fills it.
 //! * **A late kick.** When the ring is full, we ask to be kicked not for the first buffer that comes back but when a
 //!   quarter of all have (with EVENT_IDX). The guest has three quarters left to read meanwhile, so nothing waits
