@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde_json::Value;
@@ -12,6 +13,27 @@ use virtproxy_host::ports::{CONSOLE, Place, PortArg, console_spec, port_spec};
 
 /// The port that the agent opens when nothing else is said.
 pub(crate) const MUX_PORT: &str = "org.virtproxy.0";
+
+/// How the mux's port is served.
+#[derive(Args, Debug)]
+pub(crate) struct Tuning {
+    /// Look for something to do for so long before sleeping, while that pays: answers come sooner, for processor time.
+    /// 50 is a good value, 0 is not at all
+    #[arg(
+        long,
+        value_name = "MICROSECONDS",
+        default_value_t = 0,
+        hide_default_value = true
+    )]
+    #[arg(value_parser = clap::value_parser!(u32).range(..=10_000))]
+    busy_poll: u32,
+}
+
+impl Tuning {
+    pub(crate) fn busy_poll(&self) -> Duration {
+        Duration::from_micros(self.busy_poll.into())
+    }
+}
 
 /// Ports beside the mux. With several devices, they are the first one's.
 #[derive(Args, Debug, Default)]

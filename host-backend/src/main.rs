@@ -20,7 +20,7 @@ use virtproxy_engine::unix_socket;
 use virtproxy_host::device::{Device, Port};
 use virtproxy_host::ports::Ports;
 
-use cli::{Beside, Command, MUX_PORT};
+use cli::{Beside, Command, MUX_PORT, Tuning};
 
 const PRODUCT: &str = concat!("virtproxy ", env!("CARGO_PKG_VERSION"));
 
@@ -68,6 +68,9 @@ struct Cli {
     #[command(flatten)]
     beside: Beside,
 
+    #[command(flatten)]
+    tuning: Tuning,
+
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -82,7 +85,7 @@ fn main() -> ExitCode {
         command.error(ErrorKind::ArgumentConflict, message).exit();
     }
     program::run(PRODUCT, &cli.options, &|spec, options| {
-        make_channel(spec, options, &cli.beside)
+        make_channel(spec, options, &cli.beside, &cli.tuning)
     })
 }
 
@@ -90,12 +93,13 @@ fn make_channel(
     spec: &ChannelSpec,
     options: &Options,
     beside: &Beside,
+    tuning: &Tuning,
 ) -> io::Result<Box<dyn Channel>> {
     match spec.method {
         Method::VhostUser if has_ports(spec, &options.channels) => {
-            Ok(Box::new(MuxPort::start(spec, beside)?))
+            Ok(Box::new(MuxPort::start(spec, beside, tuning)?))
         }
-        Method::VhostUser => Ok(Box::new(MuxPort::start(spec, &Beside::default())?)),
+        Method::VhostUser => Ok(Box::new(MuxPort::start(spec, &Beside::default(), tuning)?)),
         _ => channels::make(
             spec,
             options,
@@ -122,7 +126,7 @@ struct MuxPort {
 }
 
 impl MuxPort {
-    fn start(spec: &ChannelSpec, beside: &Beside) -> io::Result<Self> {
+    fn start(spec: &ChannelSpec, beside: &Beside, tuning: &Tuning) -> io::Result<Self> {
         let specs = beside.specs();
         let room = beside.room();
         let (device, ports) = Device::start(&spec.addr, specs, room).map_err(io::Error::other)?;
@@ -132,7 +136,8 @@ impl MuxPort {
         );
         let beside_mux = Rc::new(Ports::new(device, MUX_PORT));
         let mut ports = ports.into_iter();
-        let port = ports.next().expect("the mux port comes first");
+        let mut port = ports.next().expect("the mux port comes first");
+        port.set_busy_poll(tuning.busy_poll());
         for ((flag, name, place), port) in beside.served().zip(ports) {
             beside_mux
                 .serve(name, place.clone(), port)

@@ -253,6 +253,36 @@ fn a_driver_that_wants_no_interrupts_gets_none() {
 }
 
 #[test]
+fn a_link_that_polls_before_it_sleeps_misses_nothing() {
+    const CALLS: usize = 500;
+    let path = socket_path();
+    let (_handle, mut port) = device(&path);
+    port.set_busy_poll(Duration::from_millis(1));
+    let mut guest = Guest::boot(&path, Setup::default());
+    guest.wait_host_connected(0, true);
+    guest.open(0);
+    let mut host = Host::open(&mut port);
+    let guest = thread::spawn(move || {
+        for call in 0..CALLS {
+            let bytes = guest.read(0, 64);
+            // Sometimes sooner than the host would sleep, sometimes later.
+            if call % 50 == 0 {
+                thread::sleep(Duration::from_millis(3));
+            }
+            guest.write_all(0, &bytes);
+        }
+        guest
+    });
+    let mut pattern = Pattern::new(10);
+    for _ in 0..CALLS {
+        let bytes = pattern.take(64);
+        host.send(&bytes);
+        assert_eq!(host.receive(64), bytes);
+    }
+    guest.join().unwrap();
+}
+
+#[test]
 fn ports_do_not_mix() {
     log();
     let path = socket_path();

@@ -1,11 +1,11 @@
 //! What the vhost-user library asks the device: features, configuration, and what to do when a ring is kicked.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tracing::{debug, error, warn};
@@ -19,8 +19,9 @@ use vmm_sys_util::event::{
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::Shared;
-use super::port::Rings;
-use super::ring::Direction;
+use super::chains::Direction;
+use super::kick;
+use super::port::{Cell, Rings};
 use super::vring::{Memory, Vring};
 
 /// VIRTIO_CONSOLE_F_SIZE, VIRTIO_CONSOLE_F_MULTIPORT and VIRTIO_CONSOLE_F_EMERG_WRITE, the numbers of feature bits.
@@ -55,6 +56,8 @@ pub(super) struct Backend {
     shared: Arc<Shared>,
     memory: Memory,
     attached: [AtomicBool; THREADS],
+    /// What the data thread waits with.
+    data_epoll: OnceLock<OwnedFd>,
     tell_attached: Sender<()>,
     exits: Mutex<Exits>,
     timer: Mutex<Option<(TimerFd, Tick)>>,
@@ -112,6 +115,7 @@ impl Backend {
             shared,
             memory,
             attached: Default::default(),
+            data_epoll: OnceLock::new(),
             tell_attached,
             exits: Mutex::new(exits),
             timer: Mutex::new(Some((timer, Tick::Realized))),
@@ -128,6 +132,11 @@ impl Backend {
         attached: &Receiver<()>,
     ) -> io::Result<()> {
         let handlers = daemon.get_epoll_handlers();
+        if let Some(data) = handlers.get(DATA) {
+            // SAFETY: it is open as long as the handler is there.
+            let epoll = unsafe { BorrowedFd::borrow_raw(data.as_raw_fd()) };
+            let _ = self.data_epoll.set(epoll.try_clone_to_owned()?);
+        }
         let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
         for handler in &handlers {
             let poke = self.shared.poke.as_raw_fd();
@@ -195,13 +204,35 @@ impl Backend {
         } else if thread == CONTROL {
             self.shared.serve_control();
         } else if poked {
-            self.shared.ports.iter().for_each(|port| port.discard());
-        } else if let Some(port) = self.shared.ports.get(usize::from(event / 2)) {
-            // The rings of a thread are numbered from 0: to the guest, from the guest, and so on.
+            for (event, ring) in (0..).zip(vrings) {
+                if self.port_of(event).is_some_and(|port| !port.is_watched()) {
+                    self.hear(ring, event, true);
+                }
+            }
+            self.shared.ports.iter().for_each(Cell::discard);
+        } else if let (Some(port), Some(ring)) =
+            (self.port_of(event), vrings.get(usize::from(event)))
+        {
             if event % 2 == 1 {
                 port.discard();
             }
             port.link.set();
+            if port.is_watched() {
+                self.hear(ring, event, false);
+            }
+        }
+    }
+
+    /// The rings of the data thread are numbered from 0: to the guest, from the guest, and so on.
+    fn port_of(&self, event: u16) -> Option<&Cell> {
+        self.shared.ports.get(usize::from(event / 2))
+    }
+
+    /// Whether the data thread is to hear the kicks of a ring.
+    fn hear(&self, ring: &Vring, event: u16, on: bool) {
+        if let Some(epoll) = self.data_epoll.get() {
+            // Fails if the ring is stopped. It is heard when it starts.
+            let _ = kick::hear(epoll, ring, event, on);
         }
     }
 

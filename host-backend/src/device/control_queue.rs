@@ -4,17 +4,17 @@
 //! never waits for more than the transaction a link may be in. A message is given back after its effect.
 
 use tracing::{info, warn};
-use vhost_user_backend::{VringState, VringT};
-use virtio_queue::QueueT;
+use vhost_user_backend::VringT;
 use virtproxy_engine::segment::Cursor;
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 
 use super::Shared;
+use super::chains::{Batch, Direction, Limits};
 use super::control::{Effect, MESSAGE_LEN, Machine, Misuse};
 use super::port::{Cell, Rings};
 use super::quiet::Quiet;
-use super::ring::{self, Batch, Direction, Fault, Limits, distance};
-use super::vring::{Memory, is_running};
+use super::ring::{Fault, Ring};
+use super::vring::is_running;
 
 /// Messages handled at once, each way; then others have their turn.
 const MAX_MESSAGES: usize = 256;
@@ -84,8 +84,8 @@ impl Control {
         let memory = rings.memory.memory();
         let mut more = false;
         {
-            let mut ring = rings.from_guest.get_mut();
-            if is_running(&ring) {
+            let mut vring = rings.from_guest.get_mut();
+            if is_running(&vring) {
                 let mut listener = Listener {
                     machine: &mut self.machine,
                     quiet: &self.quiet,
@@ -93,23 +93,22 @@ impl Control {
                     most: &mut self.most,
                     ports,
                 };
-                more |= listener
-                    .listen(&mut ring, &memory)
+                more |= Ring::new(&mut vring, &memory)
+                    .and_then(|ring| listener.listen(ring))
                     .unwrap_or_else(|fault| complain(&self.quiet, &fault));
             }
         }
         for (index, port) in ports.iter().enumerate() {
             self.machine.set_host_side(index, port.host_side());
         }
-        let mut ring = rings.to_guest.get_mut();
-        if is_running(&ring) {
-            let queue = ring.get_queue();
-            let there = distance(queue.next_avail(), ring::available_to(queue, &memory));
-            self.most = self.most.max(there);
-            more |= tell(&mut self.machine, &self.quiet, &mut ring, &memory)
-                .and_then(|more| {
-                    let (machine, most) = (&mut self.machine, self.most);
-                    Ok(more | look_for_taken(machine, most, &mut ring, &memory)?)
+        let mut vring = rings.to_guest.get_mut();
+        if is_running(&vring) {
+            let (machine, most) = (&mut self.machine, &mut self.most);
+            more |= Ring::new(&mut vring, &memory)
+                .and_then(|mut ring| {
+                    *most = ring.available()?.max(*most);
+                    let more = tell(machine, &self.quiet, &mut ring)?;
+                    Ok(more | look_for_taken(machine, *most, &ring))
                 })
                 .unwrap_or_else(|fault| complain(&self.quiet, &fault));
         }
@@ -119,14 +118,8 @@ impl Control {
 
 /// Notes when the guest has taken everything it was told, if that matters; else asks for a kick when it has. Whether
 /// that made a slot vacant.
-fn look_for_taken(
-    machine: &mut Machine,
-    most: u16,
-    ring: &mut VringState<Memory>,
-    memory: &GuestMemoryMmap,
-) -> Result<bool, Fault> {
-    let all = machine.is_any_left() && ring::arm(ring.get_queue_mut(), memory, most.max(1))?;
-    Ok(all && machine.all_was_taken())
+fn look_for_taken(machine: &mut Machine, most: u16, ring: &Ring<'_, '_>) -> bool {
+    machine.is_any_left() && ring.arm(most.max(1)) && machine.all_was_taken()
 }
 
 struct Listener<'c> {
@@ -138,33 +131,26 @@ struct Listener<'c> {
 }
 
 impl Listener<'_> {
-    fn listen(
-        &mut self,
-        ring: &mut VringState<Memory>,
-        memory: &GuestMemoryMmap,
-    ) -> Result<bool, Fault> {
-        let queue = ring.get_queue_mut();
-        let since = queue.next_used();
-        queue.disable_notification(memory)?;
+    fn listen(&mut self, mut ring: Ring<'_, '_>) -> Result<bool, Fault> {
+        ring.disarm();
         for _ in 0..MAX_MESSAGES {
-            let before = queue.next_avail();
+            let before = ring.next();
             let mut batch = Batch::default();
             let report = |fault| {
                 complain(self.quiet, &fault);
             };
-            batch.fill(queue, memory, Direction::FromGuest, ONE, report)?;
-            if queue.next_avail() == before {
+            batch.fill(&mut ring, Direction::FromGuest, ONE, report)?;
+            if ring.next() == before {
                 break;
             }
-            if !batch.chains.is_empty() {
+            if !batch.is_empty() {
                 let mut bytes = [0; MESSAGE_LEN];
                 let len = Cursor::new(&batch.segments).read(&mut bytes);
                 self.handle(&bytes[..len]);
-                batch.give_back_read(queue, memory)?;
+                batch.give_back_read(&mut ring);
             }
         }
-        ring::notify(ring, memory, since)?;
-        Ok(ring.get_queue_mut().enable_notification(memory)?)
+        Ok(ring.arm(1))
     }
 
     fn handle(&mut self, message: &[u8]) {
@@ -190,14 +176,7 @@ impl Listener<'_> {
 }
 
 /// Puts the messages that are owed in the buffers there are.
-fn tell(
-    machine: &mut Machine,
-    quiet: &Quiet,
-    ring: &mut VringState<Memory>,
-    memory: &GuestMemoryMmap,
-) -> Result<bool, Fault> {
-    let queue = ring.get_queue_mut();
-    let since = queue.next_used();
+fn tell(machine: &mut Machine, quiet: &Quiet, ring: &mut Ring<'_, '_>) -> Result<bool, Fault> {
     let mut message = Vec::new();
     let mut more = false;
     for _ in 0..MAX_MESSAGES {
@@ -205,27 +184,26 @@ fn tell(
         if !more {
             break;
         }
-        let before = queue.next_avail();
+        let before = ring.next();
         let mut batch = Batch::default();
         let report = |fault| {
             complain(quiet, &fault);
         };
-        batch.fill(queue, memory, Direction::ToGuest, ONE, report)?;
-        if queue.next_avail() == before {
-            more = queue.enable_notification(memory)?;
+        batch.fill(ring, Direction::ToGuest, ONE, report)?;
+        if ring.next() == before {
+            more = ring.arm(1);
             if !more {
                 break;
             }
         } else if batch.len() >= message.len() {
             Cursor::new(&batch.segments).write(&message);
-            batch.give_back_written(queue, memory, message.len())?;
+            batch.give_back_written(ring, message.len());
             machine.message_sent();
-        } else if !batch.chains.is_empty() {
+        } else if !batch.is_empty() {
             complain(quiet, &Fault::Empty);
-            batch.give_back_read(queue, memory)?;
+            batch.give_back_read(ring);
         }
     }
-    ring::notify(ring, memory, since)?;
     Ok(more)
 }
 

@@ -2,15 +2,16 @@
 
 use std::io;
 
-use vhost_user_backend::{VringState, VringT};
+use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
 use virtproxy_engine::channel::{Progress, Sink};
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 
+use super::chains::{Batch, Direction, Limits};
 use super::port::{Cell, Rings};
-use super::ring::{self, Batch, Direction, Fault, Limits};
+use super::ring::{Fault, Ring};
 use super::sessions::{Standing, chains_left};
-use super::vring::{Memory, is_running};
+use super::vring::is_running;
 
 /// One transaction. Linux puts up to 32 KiB in a chain. The bounds are on how long others wait for the port.
 const LIMITS: Limits = Limits {
@@ -29,24 +30,25 @@ pub(super) fn receive(
     sink: &mut Sink<'_>,
 ) -> io::Result<Progress> {
     let memory = rings.memory.memory();
-    let mut ring = rings.from_guest.get_mut();
-    let before = ring.get_queue().next_avail();
+    let mut vring = rings.from_guest.get_mut();
+    let before = vring.get_queue().next_avail();
     let mut limits = LIMITS;
     if let Standing::Closed { end } = standing {
-        let left = usize::from(chains_left(before, end, ring.get_queue().size()));
+        let left = usize::from(chains_left(before, end, vring.get_queue().size()));
         if left == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         limits.chains = limits.chains.min(left);
     }
-    if !goes || !is_running(&ring) {
+    if !goes || !is_running(&vring) {
         return Ok(Progress::Wait);
     }
 
     let mut batch = Batch::recycle(std::mem::take(reused));
-    let result = transact(cell, &mut ring, &memory, limits, &mut batch, sink);
+    let result = Ring::new(&mut vring, &memory)
+        .and_then(|ring| transact(cell, ring, limits, &mut batch, sink));
     *reused = Batch::recycle(batch);
-    if ring.get_queue().next_avail() == before && standing != Standing::Open {
+    if vring.get_queue().next_avail() == before && standing != Standing::Open {
         // Nothing where the boundary says there is something: the driver took it back.
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
@@ -58,29 +60,21 @@ pub(super) fn receive(
 
 fn transact<'m>(
     cell: &Cell,
-    ring: &mut VringState<Memory>,
-    memory: &'m GuestMemoryMmap,
+    mut ring: Ring<'_, 'm>,
     limits: Limits,
     batch: &mut Batch<'m>,
     sink: &mut Sink<'_>,
 ) -> Result<Progress, Fault> {
-    let queue = ring.get_queue_mut();
-    let (before, since) = (queue.next_avail(), queue.next_used());
-    queue.disable_notification(memory)?;
+    let before = ring.next();
+    ring.disarm();
     let report = |fault| cell.report(Direction::FromGuest, &fault);
-    batch.fill(queue, memory, Direction::FromGuest, limits, report)?;
-    if !batch.chains.is_empty() {
+    batch.fill(&mut ring, Direction::FromGuest, limits, report)?;
+    if !batch.is_empty() {
         sink(&batch.segments);
-        batch.give_back_read(queue, memory)?;
+        batch.give_back_read(&mut ring);
     }
-    if queue.next_avail() != before {
-        ring::notify(ring, memory, since)?;
-        return Ok(Progress::Again);
-    }
-    let more = queue.enable_notification(memory)?;
-    Ok(if more {
-        Progress::Again
-    } else {
-        Progress::Wait
+    Ok(match ring.next() != before || ring.arm(1) {
+        true => Progress::Again,
+        false => Progress::Wait,
     })
 }

@@ -11,16 +11,16 @@
 //!          v                                       | control rings |<--> control thread --.
 //!   server thread, one connection                  |  2, 3         |                      | effects
 //!   after the other; a thread of the               |---------------|  kicks               v
-//!   vhost-user library for each                    | data rings    |----> data thread -> Cell, one a port
-//!                                                  |  0, 1, 4, ... |                      ^
-//!                                                  '---------------'<---------------------'
-//!                                                                       Port, Link: the engine's thread
+//!   vhost-user library for each                    | data rings    |--.-> data thread -> Cell, one a port
+//!                                                  |  0, 1, 4, ... |  |                   ^
+//!                                                  '---------------'<-+-------------------'
+//!                                                                     '-> Port, Link: the engine's thread
 //! ```
 //!
 //! The **control thread** (`control_queue`) never waits for anything but the end of a link's transaction: the
-//! guest's kernel spins until it has been heard. The **data thread** only passes kicks on as wake-ups, and discards
-//! what the guest wrote to nobody. All bytes move on the **engine's thread**, in [`Link`] calls. Neither of the
-//! first two may ever return an error or panic: the library would end the thread without a word.
+//! guest's kernel spins until it has been heard. All bytes move on the **engine's thread**, in [`Link`] calls; a link
+//! hears its kicks there too (`kick`). The **data thread** passes those on that come before, and discards what the guest
+//! wrote to nobody. Neither of the first two may ever return an error or panic: the library would end the thread without a word.
 //!
 //! Whoever changes something that another thread must act on *pokes* both worker threads: an eventfd in both their
 //! epoll sets, edge-triggered and never read.
@@ -46,9 +46,12 @@
 //! [`Link`]: virtproxy_engine::channel::Link
 
 mod backend;
+mod chains;
 mod control;
 mod control_queue;
+mod eager;
 mod from_guest;
+mod kick;
 mod port;
 mod quiet;
 mod ring;

@@ -24,6 +24,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tracing::{info, warn};
 use vhost_user_backend::VringT;
@@ -31,9 +32,12 @@ use virtio_queue::QueueT;
 use virtproxy_engine::channel::{BoxFuture, Channel, Link, Progress, Sink, Source};
 use vm_memory::GuestAddressSpace;
 
+use super::chains::{self, Batch, Direction};
 use super::control::HostSide;
+use super::eager::Eager;
+use super::kick::Kicks;
 use super::quiet::Quiet;
-use super::ring::{self, Batch, Direction, Fault};
+use super::ring::{Fault, Ring};
 use super::sessions::{Sessions, Standing, chains_left};
 use super::signal::Signal;
 use super::to_guest::Pace;
@@ -47,6 +51,8 @@ pub(super) struct Cell {
     state: Mutex<State>,
     /// Mirrors `State::sessions`, so that a kick need not wait for a transaction to end.
     discarding: AtomicBool,
+    /// A link hears the kicks itself.
+    watched: AtomicBool,
     /// There may be something to receive, room to send, or the link has ended.
     pub(super) link: Signal,
     /// There may be a session to claim.
@@ -102,6 +108,7 @@ impl Cell {
                 blinked: false,
             }),
             discarding: AtomicBool::new(true),
+            watched: AtomicBool::new(false),
             link: Signal::default(),
             opened: Signal::default(),
             emergency: Mutex::default(),
@@ -219,6 +226,11 @@ impl Cell {
         }
     }
 
+    /// Whether a link hears the kicks itself.
+    pub(super) fn is_watched(&self) -> bool {
+        self.watched.load(Ordering::SeqCst)
+    }
+
     /// Whether the frontend has set up the ring from the guest at all.
     pub(super) fn configured(&self) -> bool {
         let state = self.lock();
@@ -272,21 +284,20 @@ impl Cell {
             return false;
         };
         let memory = rings.memory.memory();
-        let mut ring = rings.from_guest.get_mut();
-        if !goes || !is_running(&ring) {
+        let mut vring = rings.from_guest.get_mut();
+        if !goes || !is_running(&vring) {
             return false;
         }
-        let queue = ring.get_queue_mut();
-        let since = queue.next_used();
-        let max = match standing {
-            Standing::Closed { end } => chains_left(queue.next_avail(), end, queue.size()),
-            _ => queue.size(),
-        };
-        let result = ring::discard(queue, &memory, usize::from(max))
-            .and_then(|_| ring::notify(&mut ring, &memory, since))
-            .and_then(|()| Ok(ring.enable_notification()?));
+        let result = Ring::new(&mut vring, &memory).and_then(|mut ring| {
+            let max = match standing {
+                Standing::Closed { end } => chains_left(ring.next(), end, ring.size()),
+                _ => ring.size(),
+            };
+            chains::discard(&mut ring, max)?;
+            Ok(ring.arm(1))
+        });
         let closed = standing != Standing::Open;
-        drop(ring);
+        drop(vring);
         if closed {
             // Should the ring be unusable, there is nothing to wait for either.
             state.sessions.forget_abandoned();
@@ -302,6 +313,12 @@ impl Cell {
 }
 
 impl State {
+    /// Gives the next session to a link, if there is one.
+    fn claim(&mut self) -> Option<(u64, Kicks)> {
+        let kicks = Kicks::new(self.rings.as_ref()?);
+        Some((self.sessions.claim()?, kicks))
+    }
+
     fn restart(&mut self) {
         self.sessions.clear();
         self.stopped_at = None;
@@ -310,10 +327,13 @@ impl State {
     fn close(&mut self) {
         self.check_restart();
         if let Some(rings) = &self.rings {
-            let (ring, memory) = (rings.from_guest.get_ref(), rings.memory.memory());
-            let queue = ring.get_queue();
-            let end = ring::available_to(queue, &memory);
-            self.sessions.close(end, queue.next_avail());
+            let (mut vring, memory) = (rings.from_guest.get_mut(), rings.memory.memory());
+            let next = vring.get_queue().next_avail();
+            // None that can be taken, if what the driver says makes no sense.
+            let available = Ring::new(&mut vring, &memory)
+                .and_then(|ring| ring.available())
+                .unwrap_or(0);
+            self.sessions.close(next.wrapping_add(available), next);
         }
     }
 
@@ -342,6 +362,7 @@ impl State {
 pub struct Port {
     shared: Arc<Shared>,
     index: usize,
+    busy_poll: Duration,
 }
 
 impl Port {
@@ -349,7 +370,13 @@ impl Port {
         Port {
             shared: shared.clone(),
             index,
+            busy_poll: Duration::ZERO,
         }
+    }
+
+    /// How long, at most, links to come look on for something to do before the thread sleeps.
+    pub fn set_busy_poll(&mut self, most: Duration) {
+        self.busy_poll = most;
     }
 
     pub(super) fn slot(&self) -> usize {
@@ -359,12 +386,14 @@ impl Port {
     /// What [`Channel::open`] waits for.
     pub fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<Box<dyn Link>> {
         loop {
-            let claimed = self.cell().lock().sessions.claim();
-            if let Some(generation) = claimed {
+            let claimed = self.cell().lock().claim();
+            if let Some((generation, kicks)) = claimed {
                 let link = PortLink {
                     shared: self.shared.clone(),
                     index: self.index,
                     generation,
+                    kicks,
+                    eager: Eager::new(self.busy_poll),
                     batch: Batch::default(),
                     pace: Pace::new(),
                 };
@@ -433,6 +462,8 @@ struct PortLink {
     shared: Arc<Shared>,
     index: usize,
     generation: u64,
+    kicks: Kicks,
+    eager: Eager,
     /// Only its buffers matter from call to call.
     batch: Batch<'static>,
     pace: Pace,
@@ -440,6 +471,7 @@ struct PortLink {
 
 impl Link for PortLink {
     fn receive(&mut self, sink: &mut Sink<'_>) -> io::Result<Progress> {
+        self.eager.busy();
         let cell = &self.shared.ports[self.index];
         let mut state = cell.lock();
         let goes = state.check_restart();
@@ -465,13 +497,23 @@ impl Link for PortLink {
     }
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.shared.ports[self.index].link.poll(cx)
+        let cell = &self.shared.ports[self.index];
+        let watched = self.kicks.watch();
+        cell.watched.store(watched, Ordering::SeqCst);
+        match (self.kicks.poll(cx), cell.link.poll(cx)) {
+            (Poll::Pending, Poll::Pending) => {
+                self.eager.idle(cx);
+                Poll::Pending
+            }
+            _ => Poll::Ready(()),
+        }
     }
 }
 
 impl Drop for PortLink {
     fn drop(&mut self) {
         let cell = &self.shared.ports[self.index];
+        cell.watched.store(false, Ordering::SeqCst);
         cell.change(|state| state.sessions.release(self.generation));
         self.shared.poke();
     }

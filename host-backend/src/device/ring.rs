@@ -1,36 +1,45 @@
-//! Descriptor chains in, segments out: the only place that looks at what the guest wrote into a ring.
+//! A virtqueue for the length of one transaction.
 //!
 //! # Theory of operation
 //!
-//! A [`Batch`] is filled with chains from the head of a ring, used, and given back in whole or in part; it
-//! never outlives the ring's lock. Everything in a ring is the guest's word and is believed only as far as it
-//! was checked: a chain that is malformed is given back unused, with one warning (rate-limited by the
-//! caller), and can neither stop the chains behind it nor be met twice. A ring whose index is absurd yields
-//! nothing until the driver starts it anew.
+//! The library's queue knows where the ring is and how far it has come. What lies in the ring is read and written here, by
+//! pointers that a [`Ring`] looks up in the map of the guest's memory once, when it is made: the library looks each index,
+//! descriptor and used element up anew, which cost as much as copying the page behind it. Chains that are given back
+//! become visible together, with one interrupt at most, when the `Ring` is dropped.
 //!
-//! Chains taken too many are put back by rewinding the ring. So that this never puts back a malformed one,
-//! which was given back already, a batch ends before a malformed chain and the next batch begins with it.
+//! Everything in a ring is the guest's word: it is read once and believed only as far as it was checked.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
 use vhost_user_backend::VringState;
-use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use virtproxy_engine::segment::{MAX_IOV, Segment};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory};
 
 use super::vring::Memory;
 
-/// The largest chain that is not called malformed. Linux sends at most what a pipe holds (`splice`), 1 MiB
-/// unless root says otherwise. The bound is on work under one lock.
-const MAX_CHAIN: usize = 4 << 20;
+/// A stretch of the guest's memory.
+pub(super) type Slice<'m> = vm_memory::VolatileSlice<'m>;
+
+/// Bytes of a descriptor.
+const DESCRIPTOR: usize = size_of::<Descriptor>();
+/// Where in the available and the used ring the index is, and the first element. Behind the last element is where the
+/// other side wants to be told (EVENT_IDX).
+const INDEX: usize = 2;
+const ELEMENTS: usize = 4;
+const AVAIL: usize = size_of::<u16>();
+/// Head and length, 32 bits each.
+const USED: usize = size_of::<u64>();
 
 /// What a guest's driver did wrong.
 #[derive(Debug, Error)]
 pub(super) enum Fault {
-    #[error("unusable ring: {0}")]
-    Ring(#[from] virtio_queue::Error),
+    #[error("unusable ring: it is not in memory")]
+    Nowhere,
+    #[error("unusable ring: more chains than it has room for")]
+    Index,
     #[error("chain with a descriptor of the wrong direction")]
     Direction,
     #[error("chain with a descriptor outside memory")]
@@ -43,251 +52,178 @@ pub(super) enum Fault {
     TooLong,
 }
 
-/// Which way the bytes of a chain go. (virtio's words, receive and transmit, are the guest's view.)
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
-    ToGuest,
-    FromGuest,
-}
-
-/// How much to take at once.
-#[derive(Clone, Copy)]
-pub(super) struct Limits {
-    pub(super) chains: usize,
-    /// No further chain is taken once there are this many bytes.
-    pub(super) bytes: usize,
-}
-
-/// A chain that was taken from the ring.
-#[derive(Clone, Copy)]
-pub(super) struct Chain {
-    head: u16,
-    pub(super) len: usize,
-}
-
-/// Chains that were taken from a ring and not given back yet.
-#[derive(Default)]
-pub(super) struct Batch<'m> {
-    pub(super) segments: Vec<Segment<'m>>,
-    pub(super) chains: Vec<Chain>,
-}
-
-impl<'m> Batch<'m> {
-    /// An empty batch that takes over the buffers of a used one.
-    pub(super) fn recycle(used: Batch<'_>) -> Self {
-        let (mut segments, mut chains) = (used.segments, used.chains);
-        segments.clear();
-        chains.clear();
-        // Nothing is left to be mapped; the collection is in place, so only the lifetime changes.
-        let segments = segments
-            .into_iter()
-            .map(|_| -> Segment<'m> { unreachable!("the list is empty") })
-            .collect();
-        Batch { segments, chains }
-    }
-
-    /// Bytes in all chains.
-    pub(super) fn len(&self) -> usize {
-        self.chains.iter().map(|chain| chain.len).sum()
-    }
-
-    /// Takes chains from the head of the ring. Malformed ones are given back and told to `report`.
-    ///
-    /// # Errors
-    /// The ring itself is unusable. Nothing was taken.
-    pub(super) fn fill(
-        &mut self,
-        queue: &mut Queue,
-        memory: &'m GuestMemoryMmap,
-        direction: Direction,
-        limits: Limits,
-        mut report: impl FnMut(Fault),
-    ) -> Result<(), Fault> {
-        let mut bytes = self.len();
-        for _ in 0..limits.chains {
-            if bytes >= limits.bytes || self.segments.len() >= MAX_IOV {
-                break;
-            }
-            let Some(chain) = queue.iter(memory)?.next() else {
-                break;
-            };
-            let (head, before) = (chain.head_index(), self.segments.len());
-            match read_chain(chain, memory, direction, &mut self.segments) {
-                Ok(_) if before > 0 && self.segments.len() > MAX_IOV => {
-                    self.segments.truncate(before);
-                    queue.go_to_previous_position();
-                    break;
-                }
-                Ok(len) => {
-                    self.chains.push(Chain { head, len });
-                    bytes += len;
-                }
-                Err(fault) => {
-                    self.segments.truncate(before);
-                    if !self.chains.is_empty() {
-                        queue.go_to_previous_position();
-                        break;
-                    }
-                    give_back(queue, memory, head, 0)?;
-                    report(fault);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Gives the chains back, read; none of them had room to fill.
-    pub(super) fn give_back_read(
-        &mut self,
-        queue: &mut Queue,
-        memory: &GuestMemoryMmap,
-    ) -> Result<(), Fault> {
-        for chain in self.chains.drain(..) {
-            give_back(queue, memory, chain.head, 0)?;
-        }
-        Ok(())
-    }
-
-    /// Gives those chains back that the first `written` bytes lie in, and rewinds the ring over the others.
-    pub(super) fn give_back_written(
-        &mut self,
-        queue: &mut Queue,
-        memory: &GuestMemoryMmap,
-        written: usize,
-    ) -> Result<(), Fault> {
-        let mut left = written.min(self.len());
-        let mut unused: u16 = 0;
-        let mut result = Ok(());
-        for chain in self.chains.drain(..) {
-            if left == 0 {
-                unused += 1;
-                continue;
-            }
-            let filled = chain.len.min(left);
-            left -= filled;
-            let filled = u32::try_from(filled).expect("MAX_CHAIN fits");
-            result = result.and(give_back(queue, memory, chain.head, filled));
-        }
-        queue.set_next_avail(queue.next_avail().wrapping_sub(unused));
-        result
-    }
-}
-
-/// Takes up to `max` chains from the head of the ring and gives them back unread. Returns how many there were.
-pub(super) fn discard(
-    queue: &mut Queue,
-    memory: &GuestMemoryMmap,
-    max: usize,
-) -> Result<usize, Fault> {
-    for done in 0..max {
-        let Some(chain) = queue.iter(memory)?.next() else {
-            return Ok(done);
-        };
-        give_back(queue, memory, chain.head_index(), 0)?;
-    }
-    Ok(max)
-}
-
-/// Appends the chain's pieces to `segments` and returns its length. After an error they are to be taken off.
-fn read_chain<'m>(
-    chain: DescriptorChain<&'m GuestMemoryMmap>,
+/// See the [module](self).
+pub(super) struct Ring<'r, 'm> {
+    state: &'r mut VringState<Memory>,
     memory: &'m GuestMemoryMmap,
-    direction: Direction,
-    segments: &mut Vec<Segment<'m>>,
-) -> Result<usize, Fault> {
-    let first = segments.len();
-    let mut len = 0;
-    // The iterator just ends where a chain is broken; the last descriptor seen says that more was to come.
-    let mut more = true;
-    for descriptor in chain {
-        if descriptor.is_write_only() != (direction == Direction::ToGuest) {
-            return Err(Fault::Direction);
+    descriptors: Slice<'m>,
+    avail: Slice<'m>,
+    used: Slice<'m>,
+    /// Where the driver was told that the used ring ends.
+    told: u16,
+}
+
+impl<'r, 'm> Ring<'r, 'm> {
+    /// A ring that is running.
+    pub(super) fn new(
+        state: &'r mut VringState<Memory>,
+        memory: &'m GuestMemoryMmap,
+    ) -> Result<Self, Fault> {
+        let queue = state.get_queue();
+        let size = usize::from(queue.size());
+        let part = |at, element, around| {
+            let part = memory.get_slice(GuestAddress(at), element * size + around);
+            part.map_err(|_| Fault::Nowhere)
+        };
+        let ring = Ring {
+            descriptors: part(queue.desc_table(), DESCRIPTOR, 0)?,
+            avail: part(queue.avail_ring(), AVAIL, ELEMENTS + size_of::<u16>())?,
+            used: part(queue.used_ring(), USED, ELEMENTS + size_of::<u16>())?,
+            told: queue.next_used(),
+            memory,
+            state,
+        };
+        // So that no other access can fail: all are within their part, and aligned if these are.
+        for part in [&ring.avail, &ring.used] {
+            part.load::<u16>(INDEX, Ordering::Relaxed)
+                .map_err(|_| Fault::Nowhere)?;
         }
-        more = descriptor.has_next();
-        len += descriptor.len() as usize;
-        if len > MAX_CHAIN {
-            return Err(Fault::TooLong);
+        Ok(ring)
+    }
+
+    pub(super) fn memory(&self) -> &'m GuestMemoryMmap {
+        self.memory
+    }
+
+    pub(super) fn size(&self) -> u16 {
+        self.queue().size()
+    }
+
+    /// The position of the next chain to take.
+    pub(super) fn next(&self) -> u16 {
+        self.queue().next_avail()
+    }
+
+    /// Goes there, back or forth.
+    pub(super) fn go_to(&mut self, position: u16) {
+        self.state.get_queue_mut().set_next_avail(position);
+    }
+
+    /// How many chains there are to take.
+    pub(super) fn available(&self) -> Result<u16, Fault> {
+        let index = load(&self.avail, INDEX, Ordering::Acquire);
+        let available = distance(self.next(), index);
+        match available <= self.size() {
+            true => Ok(available),
+            false => Err(Fault::Index),
         }
-        let pieces =
-            GuestMemoryBackend::get_slices(memory, descriptor.addr(), descriptor.len() as usize);
-        for piece in pieces {
-            let piece = piece.map_err(|_| Fault::Memory)?;
-            // SAFETY: the piece is mapped, readable and writable for as long as `memory` is borrowed, which
-            // is 'm, and guest memory is only ever reached through raw pointers.
-            let segment =
-                unsafe { Segment::from_raw_parts(piece.ptr_guard_mut().as_ptr(), piece.len()) };
-            segments.push(segment);
+    }
+
+    /// The first descriptor of the chain at a position.
+    pub(super) fn head(&self, position: u16) -> u16 {
+        let at = ELEMENTS + AVAIL * self.slot(position);
+        load(&self.avail, at, Ordering::Relaxed)
+    }
+
+    /// The table of descriptors that chains begin in.
+    pub(super) fn descriptors(&self) -> Slice<'m> {
+        self.descriptors
+    }
+
+    /// Gives a chain back, with so many bytes written to it.
+    pub(super) fn give_back(&mut self, head: u16, len: u32) {
+        // A head that does not exist cannot be given back.
+        if head >= self.size() {
+            return;
         }
-        if segments.len() - first > MAX_IOV {
-            return Err(Fault::TooLong);
+        let position = self.queue().next_used();
+        let at = ELEMENTS + USED * self.slot(position);
+        self.used
+            .get_ref(at)
+            .expect("within the ring")
+            .store((u64::from(head) | u64::from(len) << 32).to_le());
+        let queue = self.state.get_queue_mut();
+        queue.set_next_used(position.wrapping_add(1));
+    }
+
+    /// Asks for no kicks. (With EVENT_IDX there is none until the next one is asked for.)
+    pub(super) fn disarm(&self) {
+        if !self.queue().event_idx_enabled() {
+            let flag = u16::try_from(VRING_USED_F_NO_NOTIFY).expect("one bit");
+            store(&self.used, 0, flag, Ordering::Relaxed);
         }
     }
-    match (more, len) {
-        (true, _) => Err(Fault::Broken),
-        (false, 0) => Err(Fault::Empty),
-        (false, len) => Ok(len),
+
+    /// Asks for a kick when there are `count` more chains than were taken; true if they are there already. Without
+    /// EVENT_IDX the kick comes for the first of them.
+    pub(super) fn arm(&self, count: u16) -> bool {
+        if self.queue().event_idx_enabled() {
+            let at = ELEMENTS + USED * usize::from(self.size());
+            let event = self.next().wrapping_add(count - 1);
+            store(&self.used, at, event, Ordering::Relaxed);
+        } else {
+            store(&self.used, 0, 0, Ordering::Relaxed);
+        }
+        // What was asked for is visible before we look whether it is there.
+        fence(Ordering::SeqCst);
+        self.available().is_ok_and(|available| available >= count)
+    }
+
+    /// Whether the driver wants an interrupt for the used elements since `told`.
+    fn wants_interrupt(&self) -> bool {
+        if !self.queue().event_idx_enabled() {
+            let flags = load(&self.avail, 0, Ordering::Relaxed);
+            return u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0;
+        }
+        let at = ELEMENTS + AVAIL * usize::from(self.size());
+        let event = load(&self.avail, at, Ordering::Relaxed);
+        distance(self.told, event) < distance(self.told, self.queue().next_used())
+    }
+
+    fn slot(&self, position: u16) -> usize {
+        usize::from(position % self.size())
+    }
+
+    fn queue(&self) -> &Queue {
+        self.state.get_queue()
     }
 }
 
-fn give_back(
-    queue: &mut Queue,
-    memory: &GuestMemoryMmap,
-    head: u16,
-    len: u32,
-) -> Result<(), Fault> {
-    // A head that does not exist cannot be given back; the library would say so in the log each time.
-    if head < queue.size() {
-        queue.add_used(memory, head, len)?;
+impl Drop for Ring<'_, '_> {
+    /// Shows the driver what was given back, and interrupts it if it wants that.
+    fn drop(&mut self) {
+        let index = self.queue().next_used();
+        if index == self.told {
+            return;
+        }
+        store(&self.used, INDEX, index, Ordering::Release);
+        // The index is visible before we look whether somebody waits for it.
+        fence(Ordering::SeqCst);
+        if self.wants_interrupt() {
+            // Fails only when the eventfd's counter is full, and then it is signalled already.
+            let _ = self.state.signal_used_queue();
+        }
     }
-    Ok(())
 }
 
-/// Tells the driver about the chains given back since [`Queue::next_used`] was `since`, if it wants to be told.
-pub(super) fn notify(
-    ring: &mut VringState<Memory>,
-    memory: &GuestMemoryMmap,
-    since: u16,
-) -> Result<(), Fault> {
-    let queue = ring.get_queue_mut();
-    if queue.next_used() == since {
-        return Ok(());
-    }
-    let wanted = queue.needs_notification(memory)?
-        && (queue.event_idx_enabled() || !interrupts_off(queue, memory));
-    if wanted {
-        // Fails only when the eventfd's counter is full, and then it is signalled already.
-        let _ = ring.signal_used_queue();
-    }
-    Ok(())
+fn load(part: &Slice<'_>, at: usize, order: Ordering) -> u16 {
+    u16::from_le(part.load(at, order).expect("within the ring"))
 }
 
-/// Asks for a kick when there are `count` more chains than were taken; true if they are there already. Without
-/// EVENT_IDX the kick comes for the first of them.
-pub(super) fn arm(queue: &mut Queue, memory: &GuestMemoryMmap, count: u16) -> Result<bool, Fault> {
-    let next = queue.next_avail();
-    // The library asks for a kick at the chain that it would take next.
-    queue.set_next_avail(next.wrapping_add(count - 1));
-    let armed = queue.enable_notification(memory);
-    queue.set_next_avail(next);
-    armed?;
-    Ok(distance(next, available_to(queue, memory)) >= count)
+fn store(part: &Slice<'_>, at: usize, value: u16, order: Ordering) {
+    part.store(value.to_le(), at, order)
+        .expect("within the ring");
 }
 
-/// Without EVENT_IDX the driver says with a flag that it wants no interrupts.
-fn interrupts_off(queue: &Queue, memory: &GuestMemoryMmap) -> bool {
-    memory
-        .load::<u16>(GuestAddress(queue.avail_ring()), Ordering::Relaxed)
-        .is_ok_and(|flags| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0)
+/// The descriptor at `index` of a table, if there is one.
+pub(super) fn descriptor(table: &Slice<'_>, index: u16) -> Option<Descriptor> {
+    let at = DESCRIPTOR * usize::from(index);
+    Some(table.get_ref(at).ok()?.load())
 }
 
-/// The position behind the last chain that the driver has made available; where the next to be taken is, if
-/// what the driver says makes no sense.
-pub(super) fn available_to(queue: &Queue, memory: &GuestMemoryMmap) -> u16 {
-    let next = queue.next_avail();
-    match queue.avail_idx(memory, Ordering::Acquire) {
-        Ok(index) if distance(next, index.0) <= queue.size() => index.0,
-        _ => next,
-    }
+/// How many descriptors a table has.
+pub(super) fn descriptors_in(table: &Slice<'_>) -> usize {
+    table.len() / DESCRIPTOR
 }
 
 /// Chains from one position of a ring to a later one.

@@ -5,7 +5,7 @@
 //! Linux leaves one page in each buffer and one buffer in each chain, and gives each page back as soon as it was
 //! read. Two habits keep that cheap:
 //!
-//! * **A small offer for a small source.** Looking at a buffer costs some hundred nanoseconds, so a source with
+//! * **A small offer for a small source.** Each buffer that is offered has to be looked at, so a source with
 //!   little to say is not offered the whole ring: the offer doubles while the source fills it.
 //! * **A late kick.** When the ring is full, we ask to be kicked not for the first buffer that comes back but when a
 //!   quarter of all have (with EVENT_IDX). The guest has three quarters left to read meanwhile, so nothing waits
@@ -15,14 +15,14 @@
 
 use std::io;
 
-use vhost_user_backend::{VringState, VringT};
-use virtio_queue::QueueT;
+use vhost_user_backend::VringT;
 use virtproxy_engine::channel::{Progress, Source};
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 
+use super::chains::{Batch, Direction, Limits};
 use super::port::{Cell, Rings};
-use super::ring::{self, Batch, Direction, Fault, Limits, distance};
-use super::vring::{Memory, is_running};
+use super::ring::{Fault, Ring};
+use super::vring::is_running;
 
 /// Buffers offered at first and at most.
 const FEWEST: usize = 8;
@@ -72,12 +72,13 @@ pub(super) fn send(
     source: &mut Source<'_>,
 ) -> io::Result<Progress> {
     let memory = rings.memory.memory();
-    let mut ring = rings.to_guest.get_mut();
-    if !is_running(&ring) {
+    let mut vring = rings.to_guest.get_mut();
+    if !is_running(&vring) {
         return Ok(Progress::Wait);
     }
     let mut batch = Batch::recycle(std::mem::take(reused));
-    let result = transact(cell, &mut ring, &memory, pace, &mut batch, source);
+    let result = Ring::new(&mut vring, &memory)
+        .and_then(|ring| transact(cell, ring, pace, &mut batch, source));
     *reused = Batch::recycle(batch);
     result.or_else(|fault| {
         cell.report(Direction::ToGuest, &fault);
@@ -87,15 +88,13 @@ pub(super) fn send(
 
 fn transact<'m>(
     cell: &Cell,
-    ring: &mut VringState<Memory>,
-    memory: &'m GuestMemoryMmap,
+    mut ring: Ring<'_, 'm>,
     pace: &mut Pace,
     batch: &mut Batch<'m>,
     source: &mut Source<'_>,
 ) -> Result<Progress, Fault> {
-    let since = ring.get_queue().next_used();
-    ring.get_queue_mut().disable_notification(memory)?;
-    let (written, progress) = match take_room(cell, ring, memory, pace, batch)? {
+    ring.disarm();
+    let (written, progress) = match take_room(cell, &mut ring, pace, batch)? {
         Some(progress) => (0, progress),
         None => {
             let room = batch.len();
@@ -107,42 +106,37 @@ fn transact<'m>(
             }
         }
     };
-    batch.give_back_written(ring.get_queue_mut(), memory, written)?;
-    ring::notify(ring, memory, since)?;
+    batch.give_back_written(&mut ring, written);
     Ok(progress)
 }
 
 /// Takes buffers with enough room together; else says how to go on, with the notification armed for `Wait`.
 fn take_room<'m>(
     cell: &Cell,
-    ring: &mut VringState<Memory>,
-    memory: &'m GuestMemoryMmap,
+    ring: &mut Ring<'_, 'm>,
     pace: &mut Pace,
     batch: &mut Batch<'m>,
 ) -> Result<Option<Progress>, Fault> {
-    let queue = ring.get_queue_mut();
-    let available = distance(queue.next_avail(), ring::available_to(queue, memory));
-    pace.seen = pace.seen.max(available);
+    pace.seen = pace.seen.max(ring.available()?);
     let mut limits = Limits {
         chains: pace.offer,
         bytes: MAX_BYTES,
     };
     for attempt in 0..4 {
-        let before = queue.next_avail();
+        let before = ring.next();
         let report = |fault| cell.report(Direction::ToGuest, &fault);
-        batch.fill(queue, memory, Direction::ToGuest, limits, report)?;
+        batch.fill(ring, Direction::ToGuest, limits, report)?;
         if batch.len() >= MIN_ROOM {
             return Ok(None);
         }
         // Armed behind what was taken: that much is known to be too little. If there is more, but nothing that
         // could be taken, the driver must come up with something better first.
-        let stuck = attempt > 0 && queue.next_avail() == before;
-        let wanted = if batch.chains.is_empty() {
-            pace.wanted()
-        } else {
-            1
+        let stuck = attempt > 0 && ring.next() == before;
+        let wanted = match batch.is_empty() {
+            true => pace.wanted(),
+            false => 1,
         };
-        if !ring::arm(queue, memory, wanted)? || stuck {
+        if !ring.arm(wanted) || stuck {
             return Ok(Some(Progress::Wait));
         }
         limits = Limits {

@@ -12,7 +12,8 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard};
 
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
@@ -27,9 +28,27 @@ pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 pub(super) struct Vring {
     inner: VringMutex<Memory>,
     configured: Arc<AtomicBool>,
+    kicks: Arc<AtomicU64>,
 }
 
 impl Vring {
+    /// How often another eventfd for kicks came, or the one there was went.
+    pub(super) fn kicks(&self) -> u64 {
+        self.kicks.load(Ordering::Acquire)
+    }
+
+    /// The eventfd for kicks, if there is one now.
+    pub(super) fn kick(&self) -> io::Result<Option<OwnedFd>> {
+        let ring = self.get_ref();
+        let duplicate = |fd| {
+            // SAFETY: it is open as long as `ring` is held.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+            fd.try_clone_to_owned()
+        };
+        let kick = ring.get_kick().as_ref().map(AsRawFd::as_raw_fd);
+        kick.map(duplicate).transpose()
+    }
+
     /// Whether the frontend ever gave it an eventfd: a frontend with fewer queues never does.
     pub(super) fn configured(&self) -> bool {
         self.configured.load(Ordering::Relaxed)
@@ -55,6 +74,7 @@ impl VringT<Memory> for Vring {
         Ok(Vring {
             inner: VringMutex::new(memory, max_queue_size)?,
             configured: Arc::default(),
+            kicks: Arc::default(),
         })
     }
 
@@ -143,6 +163,8 @@ impl VringT<Memory> for Vring {
 
     fn set_kick(&self, file: Option<File>) {
         self.inner.set_kick(file);
+        // Only now: who sees the number finds the eventfd that it is for, or a later one.
+        self.kicks.fetch_add(1, Ordering::Release);
     }
 
     fn set_err(&self, file: Option<File>) {

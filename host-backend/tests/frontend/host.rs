@@ -2,12 +2,10 @@
 
 use std::future::{Future, poll_fn};
 use std::io;
-use std::pin::pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, Wake, Waker};
-use std::thread::{self, Thread};
-use std::time::{Duration, Instant};
+use std::rc::Rc;
+use std::time::Duration;
 
+use tokio::runtime::{Builder, Runtime};
 use virtproxy_engine::channel::{Channel, Link, Progress};
 use virtproxy_engine::segment::{Cursor, Segment};
 use virtproxy_host::device::Port;
@@ -15,31 +13,15 @@ use virtproxy_host::device::Port;
 use super::Pattern;
 use super::ring::PATIENCE;
 
-struct Unpark(Thread);
-
-impl Wake for Unpark {
-    fn wake(self: Arc<Self>) {
-        self.0.unpark();
-    }
-}
-
-/// Runs a future to its end, or gives up.
-pub fn block_on<T>(future: impl Future<Output = T>, patience: Duration) -> Option<T> {
-    let waker = Waker::from(Arc::new(Unpark(thread::current())));
-    let mut cx = Context::from_waker(&waker);
-    let mut future = pin!(future);
-    let end = Instant::now() + patience;
-    loop {
-        if let Poll::Ready(value) = future.as_mut().poll(&mut cx) {
-            return Some(value);
-        }
-        let left = end.checked_duration_since(Instant::now())?;
-        thread::park_timeout(left);
-    }
-}
-
 pub struct Host {
     pub link: Box<dyn Link>,
+    runtime: Rc<Runtime>,
+}
+
+thread_local! {
+    /// One for all hosts of a test.
+    static RUNTIME: Rc<Runtime> =
+        Rc::new(Builder::new_current_thread().enable_all().build().unwrap());
 }
 
 impl Host {
@@ -50,13 +32,15 @@ impl Host {
 
     /// The same, with less patience.
     pub fn try_open(port: &mut Port, patience: Duration) -> Option<Self> {
-        let link = block_on(port.open(), patience)?.unwrap();
-        Some(Host { link })
+        let runtime = RUNTIME.with(Rc::clone);
+        let link = complete(&runtime, port.open(), patience)?.unwrap();
+        Some(Host { link, runtime })
     }
 
     /// Waits until something may be done; false if nothing came.
     pub fn wait(&mut self, patience: Duration) -> bool {
-        block_on(poll_fn(|cx| self.link.poll_ready(cx)), patience).is_some()
+        let ready = poll_fn(|cx| self.link.poll_ready(cx));
+        complete(&self.runtime, ready, patience).is_some()
     }
 
     /// What one call receives.
@@ -175,6 +159,17 @@ impl Host {
             }
         }
     }
+}
+
+/// Runs a future to its end, or gives up.
+fn complete<T>(
+    runtime: &Runtime,
+    future: impl Future<Output = T>,
+    patience: Duration,
+) -> Option<T> {
+    runtime
+        .block_on(async { tokio::time::timeout(patience, future).await })
+        .ok()
 }
 
 fn copy_out(segments: &[Segment<'_>], bytes: &mut Vec<u8>) {

@@ -1,6 +1,6 @@
 //! The driver's side of a split virtqueue, as Linux does it: free list, indirect tables, event indices.
 
-use std::collections::HashMap;
+use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -30,8 +30,11 @@ pub struct Ring {
     pub setup: RingSetup,
     memory: Arc<GuestMemoryMmap>,
     base: u64,
-    free: Vec<u16>,
-    chains: HashMap<u16, Vec<u16>>,
+    free: VecDeque<u16>,
+    /// Of each head in use, the rest of its chain.
+    chains: Vec<Option<Vec<u16>>>,
+    /// Heads are used in turn, and so all buffers that belong to them; else, as in Linux, the last one freed is the first.
+    pub in_turn: bool,
     avail: u16,
     kicked: u16,
     used: u16,
@@ -49,8 +52,9 @@ impl Ring {
             setup,
             memory,
             base,
-            free: Vec::new(),
-            chains: HashMap::new(),
+            free: VecDeque::new(),
+            chains: Vec::new(),
+            in_turn: false,
             avail: 0,
             kicked: 0,
             used: 0,
@@ -74,8 +78,8 @@ impl Ring {
         self.memory
             .write_slice(&vec![0; len], GuestAddress(self.base))
             .unwrap();
-        self.free = (0..self.setup.size).rev().collect();
-        self.chains.clear();
+        self.free = (0..self.setup.size).collect();
+        self.chains = vec![None; usize::from(self.setup.size)];
         (self.avail, self.kicked, self.used) = (0, 0, 0);
         self.kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap();
         let _ = self.call.read();
@@ -110,14 +114,14 @@ impl Ring {
 
     /// A head that nobody uses, for a chain made by hand.
     pub fn take_head(&mut self) -> Option<u16> {
-        let head = self.free.pop()?;
-        self.chains.insert(head, vec![head]);
+        let head = self.free.pop_front()?;
+        self.chains[usize::from(head)] = Some(Vec::new());
         Some(head)
     }
 
     /// The head that the next chain will get.
     pub fn next_head(&self) -> Option<u16> {
-        self.free.last().copied()
+        self.free.front().copied()
     }
 
     /// Heads not in use.
@@ -129,8 +133,12 @@ impl Ring {
     pub fn add(&mut self, buffers: &[Buffer], writable: bool) -> Option<u16> {
         let write = if writable { WRITE } else { 0 };
         let count = buffers.len();
-        let chain: Vec<u16> = if self.setup.indirect && count > 1 {
-            let head = self.free.pop()?;
+        if count == 0 || self.free.len() < if self.setup.indirect { 1 } else { count } {
+            return None;
+        }
+        let head = self.free.pop_front()?;
+        let mut rest = Vec::new();
+        if self.setup.indirect && count > 1 {
             let table = self.table_at(head);
             for (index, &buffer) in (0u16..).zip(buffers) {
                 let next = if usize::from(index) + 1 < count {
@@ -142,21 +150,17 @@ impl Ring {
             }
             let len = 16 * u32::try_from(count).unwrap();
             self.write_descriptor(self.base, head, (table, len), INDIRECT, 0);
-            vec![head]
         } else {
-            if self.free.len() < count {
-                return None;
-            }
-            let chain: Vec<u16> = (0..count).filter_map(|_| self.free.pop()).collect();
-            for (at, &buffer) in buffers.iter().enumerate() {
-                let next = chain.get(at + 1).copied();
+            rest.extend(self.free.drain(..count - 1));
+            let mut at = head;
+            for (index, &buffer) in buffers.iter().enumerate() {
+                let next = rest.get(index).copied();
                 let flags = write | if next.is_some() { NEXT } else { 0 };
-                self.write_descriptor(self.base, chain[at], buffer, flags, next.unwrap_or(0));
+                self.write_descriptor(self.base, at, buffer, flags, next.unwrap_or(0));
+                at = next.unwrap_or(at);
             }
-            chain
-        };
-        let head = chain[0];
-        self.chains.insert(head, chain);
+        }
+        self.chains[usize::from(head)] = Some(rest);
         self.publish(head);
         Some(head)
     }
@@ -232,11 +236,15 @@ impl Ring {
         let head = u16::try_from(u32::from_le_bytes(raw[..4].try_into().unwrap())).unwrap();
         let len = u32::from_le_bytes(raw[4..].try_into().unwrap());
         self.used = self.used.wrapping_add(1);
-        let chain = self
-            .chains
-            .remove(&head)
+        let rest = self.chains[usize::from(head)]
+            .take()
             .expect("the device used a chain it was not given");
-        self.free.extend(chain.into_iter().rev());
+        for freed in rest.into_iter().rev().chain([head]) {
+            match self.in_turn {
+                true => self.free.push_back(freed),
+                false => self.free.push_front(freed),
+            }
+        }
         Some((head, len))
     }
 
