@@ -226,7 +226,9 @@ fn start_log(verbose: u8) {
 }
 
 async fn serve(product: &str, options: &Options, make: MakeChannel<'_>) -> Result<(), Failure> {
-    raise_descriptor_limit();
+    if let Err(error) = raise_descriptor_limit() {
+        debug!("cannot raise the limit of open files: {error}");
+    }
     let (stop, stopped) = watch::channel(false);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -324,8 +326,11 @@ fn served_once(services: &[ForwardSpec]) -> Result<(), Failure> {
     }
 }
 
-/// Lets the program have as many descriptors as the system allows it: each stream takes one.
-fn raise_descriptor_limit() {
+/// Lets this process have as many descriptors as the system allows it, as each stream takes one. Returns how many.
+///
+/// # Errors
+/// The system refuses; the limit is what it was.
+pub fn raise_descriptor_limit() -> io::Result<u64> {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
@@ -337,7 +342,8 @@ fn raise_descriptor_limit() {
             libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) == 0
         }
     };
-    if !raised {
-        debug!("cannot raise the limit of open files");
+    match raised {
+        true => Ok(limit.rlim_max),
+        false => Err(io::Error::last_os_error()),
     }
 }

@@ -24,6 +24,7 @@ use socket2::{Domain, SockAddr, Type};
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 use tokio::io::AsyncBufReadExt;
 use tokio::io::AsyncWriteExt;
+use virtproxy_engine::program::raise_descriptor_limit;
 
 use support::ends::{end, tokio_socket};
 use support::settings;
@@ -85,17 +86,8 @@ fn idle_streams_cost_little_memory_and_no_time() {
 
 /// As many streams as the limit of open files allows, which is raised as far as may be.
 fn possible_streams() -> usize {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: both calls get a valid pointer to a limit that outlives them.
-    unsafe {
-        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
-        limit.rlim_cur = limit.rlim_max;
-        libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
-    }
-    let limit = usize::try_from(limit.rlim_max).unwrap_or(usize::MAX);
+    let limit = raise_descriptor_limit().expect("up to the hard limit it may be raised");
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     let streams = STREAMS.min(limit.saturating_sub(SPARE));
     if streams < STREAMS {
         eprintln!("ONLY {streams} OF {STREAMS} STREAMS: the hard limit of open files is {limit}");
