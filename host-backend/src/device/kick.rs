@@ -13,7 +13,8 @@
 //!
 //! The library's own registration stays, with no events in it while a link is watching. Nobody but the data thread changes
 //! that: when it hears a kick for a ring whose link is watching, it passes it on and becomes deaf to that ring; when a link
-//! is dropped it is poked, and listens again. What was written to the eventfd meanwhile is still in it. A ring that stops and starts is registered anew by the library, and watched anew by its link (`Vring::kicks` counts).
+//! is dropped it is poked, and listens again. What was written to the eventfd meanwhile is still in it. A ring that stops
+//! and starts is registered anew by the library, and watched anew by its link (`Vring::kicks` counts).
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
