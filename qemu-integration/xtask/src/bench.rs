@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: builds the programs and the benchmark (`tests/bench`), and becomes the benchmark.
 
 use crate::steps::run as run_command;
+use crate::test::build_programs;
 use crate::workspace;
 use anyhow::{Context, Result};
 use std::os::unix::process::CommandExt;
@@ -32,15 +33,8 @@ pub(crate) fn quick() -> Result<()> {
 }
 
 fn built() -> Result<Command> {
-    run_command(workspace::cargo().args([
-        "build",
-        "--release",
-        "--locked",
+    run_command(build_programs().args([
         "--bins",
-        "-p",
-        "virtproxy-host",
-        "-p",
-        "virtproxy-agent",
         "-p",
         "virtproxy-tests",
         "-p",
