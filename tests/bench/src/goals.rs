@@ -204,9 +204,7 @@ fn judge_one(results: &Results, goal: Goal) -> Judged {
             .collect(),
         Against::OwnCase(case) => vec![(case.to_owned(), results.ratio(own, (OURS, case)))],
         Against::PerStream(base, streams) => {
-            let added = results.relate(own, (OURS, base), |with, without| {
-                (with - without) / f64::from(streams)
-            });
+            let added = results.per_stream(OURS, (goal.case, base), streams);
             vec![(base.to_owned(), added)]
         }
     };

@@ -117,6 +117,18 @@ impl Results {
         self.relate(one, other, |one, other| one / other)
     }
 
+    /// What was added to a way's figure in `base` by each of `streams` streams, round by round.
+    pub(crate) fn per_stream(
+        &self,
+        way: &str,
+        (case, base): (&str, &str),
+        streams: u32,
+    ) -> Result<Spread, Gap> {
+        self.relate((way, case), (way, base), |with, without| {
+            (with - without) / f64::from(streams)
+        })
+    }
+
     fn rounds(&self, place: Place<'_>) -> Result<&[Option<f64>], Gap> {
         match self.outcome(place) {
             None => Err(Gap::Absent),

@@ -5,7 +5,7 @@ use super::number::{figure as number, range, unit};
 use super::svg::Scale;
 use crate::goals::{Against, GOALS};
 use crate::results::{Kind, Results, WayInfo};
-use crate::spread::Gap;
+use crate::spread::{Gap, Spread};
 
 /// All figures that there is something to show in.
 pub(super) fn all(results: &Results) -> Vec<Figure> {
@@ -138,18 +138,8 @@ fn latencies(results: &Results) -> Figure {
     ];
     let panels = panels.map(|(load, title)| {
         let keys = ["p50", "p99", "p999"].map(|part| format!("call-{part}-{load}"));
-        Panel {
-            title: title.to_owned(),
-            numbers: "p99",
-            axis: axis("us", false),
-            rows: rows(results, |way| {
-                let (shapes, hint) = marks(results, way, &keys)?;
-                let number = results
-                    .spread((&way.key, &keys[1]))
-                    .map_or_else(|gap| gap.word().to_owned(), |p99| number(p99.median));
-                Ok((shapes, number, hint))
-            }),
-        }
+        let p99 = |way: &WayInfo| results.spread((&way.key, &keys[1]));
+        marked(results, title, &keys, "us", "p99", p99)
     });
     Figure::new(
         "latency",
@@ -169,21 +159,8 @@ fn memory(results: &Results) -> Figure {
     ];
     let panels = panels.map(|(place, title)| {
         let keys = ["0", "100", "10000"].map(|streams| format!("memory-{place}-{streams}"));
-        Panel {
-            title: title.to_owned(),
-            numbers: "KiB/stream",
-            axis: axis("KiB", false),
-            rows: rows(results, |way| {
-                let (shapes, hint) = marks(results, way, &keys)?;
-                let each = |with: f64, without: f64| (with - without) / 10_000.0;
-                let each = results.relate((&way.key, &keys[2]), (&way.key, &keys[0]), each);
-                Ok((
-                    shapes,
-                    each.map_or_else(|gap| gap.word().to_owned(), |each| number(each.median)),
-                    hint,
-                ))
-            }),
-        }
+        let each = |way: &WayInfo| results.per_stream(&way.key, (&keys[2], &keys[0]), 10_000);
+        marked(results, title, &keys, "KiB", "KiB/stream", each)
     });
     Figure::new(
         "memory",
@@ -194,6 +171,28 @@ fn memory(results: &Results) -> Figure {
         Scale::log,
         panels.into(),
     )
+}
+
+/// A panel with a mark for each of the cases `keys`, less being better. Its numbers are named and come from `figure`.
+fn marked(
+    results: &Results,
+    title: &str,
+    keys: &[String; 3],
+    unit: &str,
+    numbers: &'static str,
+    figure: impl Fn(&WayInfo) -> Result<Spread, Gap>,
+) -> Panel {
+    Panel {
+        title: title.to_owned(),
+        numbers,
+        axis: axis(unit, false),
+        rows: rows(results, |way| {
+            let (shapes, hint) = marks(results, way, keys)?;
+            let number = figure(way)
+                .map_or_else(|gap| gap.word().to_owned(), |spread| number(spread.median));
+            Ok((shapes, number, hint))
+        }),
+    }
 }
 
 /// A mark for each case that there is a figure for, on a thread; the first gap, if there is none.
