@@ -62,7 +62,7 @@ impl Ports {
              -i peer:127.0.0.1:7000 >/tmp/agent.log 2>&1 &\n\
              setsid qemu-ga -m virtio-serial -p {} -t /run >/tmp/qemu-ga.log 2>&1 &\n\
              setsid getty 0 hvc0 vt100 >/tmp/getty.log 2>&1 &",
-            device_of(QGA)
+            guest.virtio_port(QGA)?
         ))?;
         daemon.wait_log("session established", 1, 3 * SOON)?;
         Ok(Ports {
@@ -97,13 +97,6 @@ impl Drop for Ports {
         }
         let _ = std::fs::remove_dir_all(&self.folder);
     }
-}
-
-/// A shell word: the device file of a port of the guest.
-fn device_of(name: &str) -> String {
-    format!(
-        "$(for p in /sys/class/virtio-ports/*; do [ \"$(cat $p/name)\" = {name} ] && echo /dev/${{p##*/}}; done)"
-    )
 }
 
 /// What the guest agent answers to a line.
@@ -271,7 +264,7 @@ fn ports_come_and_go(ports: &Ports) -> Result<()> {
         ports.guest.check(&format!(
             "f={}; setsid sh -c \"exec 3<>$f; read line <&3; echo got \\$line >&3; read line <&3; echo gone\" \
              >/tmp/hot{round}.log 2>&1 &",
-            device_of(HOT)
+            ports.guest.virtio_port(HOT)?
         ))?;
         expect(&mut terminal, "got from the host")?;
         let removed = ports.command(&["remove", HOT])?;

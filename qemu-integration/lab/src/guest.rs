@@ -14,7 +14,7 @@ use crate::qmp::Qmp;
 use crate::shell::{Output, Shell};
 use crate::spawn;
 use crate::starting::{Starting, explain, look, text_of};
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::os::unix::net::UnixListener;
@@ -299,6 +299,15 @@ impl Guest {
     /// QEMU's process id.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// The node of its virtio port called `name`, as in `/dev/vport1p1`: there is no udev that would name it.
+    pub fn virtio_port(&self, name: &str) -> Result<String> {
+        let node = self.check(&format!(
+            "for p in /sys/class/virtio-ports/*; do [ \"$(cat $p/name)\" != {name} ] || echo /dev/${{p##*/}}; done"
+        ))?;
+        ensure!(!node.is_empty(), "the guest has no virtio port {name}");
+        Ok(node)
     }
 
     /// The ids of QEMU's threads that are the guest's processors; what its other threads do is the host's work.

@@ -295,9 +295,9 @@ fn one_guest_with_every_device() -> Result<()> {
 
     // A QEMU guest agent on the raw port that QEMU connects outwards.
     let listener = UnixListener::bind(&connects)?;
-    let port = "for p in /sys/class/virtio-ports/*; do [ $(cat $p/name) = connects ] && echo /dev/${p##*/}; done";
+    let port = guest.virtio_port("connects")?;
     guest.check(&format!(
-        "setsid qemu-ga -m virtio-serial -p $({port}) -t /run >/tmp/qemu-ga.log 2>&1 &"
+        "setsid qemu-ga -m virtio-serial -p {port} -t /run >/tmp/qemu-ga.log 2>&1 &"
     ))?;
     let mut agent = listener.accept()?.0;
     agent.set_read_timeout(Some(Duration::from_secs(20)))?;

@@ -61,7 +61,7 @@ impl Way for OverChardev {
 fn boot(device: Vec<String>) -> Result<Guest> {
     let relay = GuestFile::copy(virtproxy_lab::program("relay")?, "/usr/bin/relay");
     let guest = up::boot(GuestOptions::default().device(device).file(relay))?;
-    let port = up::port(&guest, PORT)?;
+    let port = guest.virtio_port(PORT)?;
     up::start_in(&guest, &format!("relay guest {port} 127.0.0.1:7000"))?;
     Ok(guest)
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use virtproxy_lab::{Guest, GuestFile, GuestOptions, Lab, VsockDevice};
+use virtproxy_lab::{Guest, GuestFile, GuestOptions, Lab};
 use virtproxy_tests::scene::{Daemon, SOON, wait_for, wait_works};
 
 use super::{PEER, Running};
@@ -14,40 +14,11 @@ use super::{PEER, Running};
 pub(super) struct Up {
     // Fields are dropped in this order: QEMU cannot live without a device that is another process.
     guest: Guest,
-    programs: Vec<Box<dyn Program>>,
+    programs: Vec<Daemon>,
     title: String,
     address: String,
     guest_programs: &'static [&'static str],
     most_connections: Option<(usize, &'static str)>,
-}
-
-/// A program of this host that ends when it is dropped.
-pub(super) trait Program {
-    /// Its process.
-    fn pid(&self) -> u32;
-
-    /// What it has said.
-    fn said(&self) -> String;
-}
-
-impl Program for Daemon {
-    fn pid(&self) -> u32 {
-        self.pid()
-    }
-
-    fn said(&self) -> String {
-        self.log()
-    }
-}
-
-impl Program for VsockDevice {
-    fn pid(&self) -> u32 {
-        self.pid()
-    }
-
-    fn said(&self) -> String {
-        self.log()
-    }
 }
 
 impl Up {
@@ -64,8 +35,8 @@ impl Up {
     }
 
     /// One of the programs of this host that move its bytes.
-    pub(super) fn program(mut self, program: impl Program + 'static) -> Self {
-        self.programs.push(Box::new(program));
+    pub(super) fn program(mut self, program: Daemon) -> Self {
+        self.programs.push(program);
         self
     }
 
@@ -86,7 +57,7 @@ impl Up {
         wait_works(&self.address, 2 * SOON).with_context(|| {
             let mut said = String::new();
             for program in &self.programs {
-                let _ = writeln!(said, "{}", program.said());
+                let _ = writeln!(said, "{}", program.log());
             }
             let there = self.guest.check("tail -n 20 /tmp/*.log");
             format!(
@@ -113,7 +84,7 @@ impl Running for Up {
     }
 
     fn processes(&self) -> Vec<u32> {
-        self.programs.iter().map(|program| program.pid()).collect()
+        self.programs.iter().map(Daemon::pid).collect()
     }
 
     fn guest_processes(&self) -> String {
@@ -154,13 +125,6 @@ pub(super) fn own(folder: &Path, name: &str, arguments: &[&str]) -> Result<Daemo
 }
 
 /// Waits until `program` listens on `socket`.
-pub(super) fn wait_listens(socket: &Path, program: &dyn Program) -> Result<()> {
-    wait_for(SOON, || socket.exists()).with_context(|| program.said())
-}
-
-/// The node of the guest's virtio port called `name`; there is no udev.
-pub(super) fn port(guest: &Guest, name: &str) -> Result<String> {
-    guest.check(&format!(
-        "for p in /sys/class/virtio-ports/*; do [ $(cat $p/name) != {name} ] || echo /dev/${{p##*/}}; done"
-    ))
+pub(super) fn wait_listens(socket: &Path, program: &Daemon) -> Result<()> {
+    wait_for(SOON, || socket.exists()).with_context(|| program.log())
 }
