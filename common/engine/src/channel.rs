@@ -13,7 +13,8 @@
 //! * [`Link::receive`] hands bytes that arrived to a sink, which takes **all** of them;
 //! * [`Link::send`] offers room to a source, which fills it from the front with **whole frames**.
 //!
-//! The driver calls both until they say [`Progress::Wait`], then waits for [`Link::poll_ready`].
+//! The driver calls both until they say [`Progress::Wait`], then waits for [`Link::poll_ready`]. It may call either at any
+//! other time, but need not: what said `Wait` has nothing to tell until the link is ready.
 
 use std::future::Future;
 use std::io;

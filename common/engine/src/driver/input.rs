@@ -20,11 +20,14 @@ const GLANCE: usize = 64;
 
 impl Driver {
     /// Takes all bytes of `segments`. What follows the end of a session is dropped: whoever restarted says nothing more
-    /// before it is answered.
-    pub(super) fn on_bytes(&mut self, segments: &[Segment<'_>]) {
-        self.take_all(Cursor::new(segments));
+    /// before it is answered. Returns how many they were.
+    pub(super) fn on_bytes(&mut self, segments: &[Segment<'_>]) -> usize {
+        let cursor = Cursor::new(segments);
+        let len = cursor.remaining();
+        self.take_all(cursor);
         let waits = self.session.is_sealed() && self.session.is_mid_frame();
         self.stall = waits.then(|| Instant::now() + self.patience);
+        len
     }
 
     fn take_all(&mut self, mut cursor: Cursor<'_, '_>) {

@@ -15,7 +15,9 @@
 //!    its socket straight into the link's memory behind the room for its header (`output`).
 //!
 //! When a turn moves nothing, the driver sleeps until the link, a socket, a connect, a deadline or the shutdown
-//! wakes it. The reader never waits for a writer, so nothing here can deadlock.
+//! wakes it. While it is busy nothing wakes it, so it looks at the sockets and the link now and then; not in each turn,
+//! since a look that finds nothing costs as much as moving some kilobytes does. The reader never waits for a writer, so
+//! nothing here can deadlock.
 
 mod input;
 mod local;
@@ -45,6 +47,10 @@ use local::Local;
 
 /// Turns in a row before other tasks of the thread get theirs.
 const TURNS_BEFORE_YIELD: u32 = 8;
+/// Bytes that move in busy turns before the driver looks unasked for what may have happened meanwhile ...
+const LOOK_EVERY: usize = 64 * 1024;
+/// ... and what a turn counts for at least.
+const LEAST_TURN: usize = 32 * 1024;
 /// Readiness events taken in one system call.
 const EVENTS: usize = 256;
 /// How often the peer is asked for a sign of life, and how long it may take before that is reported.
@@ -123,6 +129,10 @@ pub struct Driver {
     events: Events,
     /// There may be events that `sockets` has not been asked for.
     events_pending: bool,
+    /// There may be something to receive: the link's last word on it was not `Wait`, or it is ready again.
+    receivable: bool,
+    /// Bytes moved in busy turns since the driver looked unasked.
+    unseen: usize,
     services: HashMap<String, Target>,
     outlets: Vec<Outlet>,
     locals: Slab<Local>,
@@ -213,6 +223,8 @@ impl Driver {
             sockets,
             events: Events::with_capacity(EVENTS),
             events_pending: true,
+            receivable: true,
+            unseen: 0,
             services,
             outlets: listening,
             locals: Slab::new(),
@@ -254,6 +266,7 @@ impl Driver {
             };
             debug!(channel = channel.name(), "link up");
             self.needs = link.needs();
+            self.receivable = true;
             self.new_session()?;
             let up = Instant::now();
             let outcome = match self.serve(&mut *link, &mut stop).await {
@@ -360,12 +373,33 @@ impl Driver {
             self.connected(result);
         }
         self.keepalive();
-        let received = link.receive(&mut |segments| self.on_bytes(segments))?;
+        let mut moved = 0;
+        if self.receivable {
+            let received = link.receive(&mut |segments| moved += self.on_bytes(segments))?;
+            self.receivable = received == Progress::Again;
+        }
         self.ask_for_the_rest();
-        let sent = link.send(&mut |segments| self.fill(segments))?;
-        let busy = received == Progress::Again || sent == Progress::Again;
-        self.events_pending |= busy;
+        let sent = link.send(&mut |segments| {
+            let filled = self.fill(segments);
+            moved += filled;
+            filled
+        })?;
+        let busy = self.receivable || sent == Progress::Again;
+        if busy {
+            self.look_now_and_then(moved);
+        }
         Ok(busy)
+    }
+
+    /// After a busy turn that moved so many bytes: has the next one look at everything, if it is time. Who sleeps is told
+    /// of what happens. Who does not must look, and each look is a system call that mostly finds nothing.
+    fn look_now_and_then(&mut self, moved: usize) {
+        self.unseen += moved.max(LEAST_TURN);
+        if self.unseen >= LOOK_EVERY {
+            self.unseen = 0;
+            self.events_pending = true;
+            self.receivable = true;
+        }
     }
 
     /// Sleeps until there may be something to do.
@@ -380,7 +414,7 @@ impl Driver {
         let deadline = deadlines.into_iter().flatten().min();
         tokio::select! {
             biased;
-            () = poll_fn(|cx| link.poll_ready(cx)) => {}
+            () = poll_fn(|cx| link.poll_ready(cx)) => self.receivable = true,
             () = poll_fn(|cx| self.sockets.poll_ready(cx)) => self.events_pending = true,
             Some(result) = self.connects.join_next(), if !self.connects.is_empty() => {
                 self.connected(result);
