@@ -56,6 +56,9 @@ pub struct Needs {
     pub seal: bool,
     /// Bytes that a stream may send in one turn while others wait.
     pub turn: u32,
+    /// Bytes that must be allowed to be on their way to us for the channel to be kept busy, if the session's own measure
+    /// is less.
+    pub window: u32,
 }
 
 impl Default for Needs {
@@ -64,6 +67,7 @@ impl Default for Needs {
         Needs {
             seal: false,
             turn: virtproxy_mux::DEFAULT_TURN,
+            window: 0,
         }
     }
 }

@@ -96,8 +96,8 @@ impl Drop for LossyLink {
 impl Link for LossyLink {
     fn needs(&self) -> Needs {
         Needs {
-            seal: false,
             turn: TURN,
+            ..Needs::default()
         }
     }
 

@@ -29,7 +29,7 @@ use std::time::Duration;
 use tracing::{info, warn};
 use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
-use virtproxy_engine::channel::{BoxFuture, Channel, Link, Progress, Sink, Source};
+use virtproxy_engine::channel::{BoxFuture, Channel, Link, Needs, Progress, Sink, Source};
 use vm_memory::GuestAddressSpace;
 
 use super::chains::{self, Batch, Direction};
@@ -65,6 +65,10 @@ pub(super) struct Cell {
 
 /// Emergency characters that wait to be fetched. What is more is lost, as it would be on a line that nobody reads.
 const MAX_EMERGENCY: usize = 4096;
+
+/// Bytes that the guest may have on their way to us. They lie in its memory. When the engine's thread must wait for a
+/// processor, which may take a few milliseconds on a busy host, the guest goes on for so long.
+const WINDOW: u32 = 4 << 20;
 
 struct State {
     rings: Option<Rings>,
@@ -470,6 +474,13 @@ struct PortLink {
 }
 
 impl Link for PortLink {
+    fn needs(&self) -> Needs {
+        Needs {
+            window: WINDOW,
+            ..Needs::default()
+        }
+    }
+
     fn receive(&mut self, sink: &mut Sink<'_>) -> io::Result<Progress> {
         self.eager.busy();
         let cell = &self.shared.ports[self.index];

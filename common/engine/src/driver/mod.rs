@@ -519,11 +519,14 @@ impl Driver {
 
     /// Begins a session that has yet to shake hands, over the present link.
     fn new_session(&mut self) -> io::Result<()> {
-        let Needs { seal, turn } = self.needs;
+        let Needs { seal, turn, window } = self.needs;
+        let usual = &self.settings.session;
         let config = Config {
             seal,
             turn,
-            ..self.settings.session.clone()
+            max_window: usual.max_window.max(window),
+            session_window: usual.session_window.max(window),
+            ..usual.clone()
         };
         self.session = Session::new(config, new_epoch()?);
         self.next_ping = Instant::now() + self.ping_interval();
