@@ -1,6 +1,7 @@
 //! Input: what the link received goes through the session to the local sockets.
 //!
-//! Data is written straight from the link's memory. In a sealed session it may not be written before the seal behind it
+//! Data is written straight from the link's memory, and that of frames of one stream that follow each other at once. In a
+//! sealed session it may not be written before the seal behind it
 //! was seen; a frame that lies in one batch is looked at from behind, and only one that is cut by the end of a batch is
 //! copied, into `staged`, until the rest of it is here.
 
@@ -12,11 +13,22 @@ use virtproxy_mux::{Event, Reason, StreamId};
 
 use super::local::Phase;
 use super::{Driver, STALL};
-use crate::segment::{Cursor, Segment};
+use crate::segment::{Cursor, MAX_IOV, Segment};
 use crate::spec::is_udp;
 
 /// Bytes looked at in one go for headers and control frames.
 const GLANCE: usize = 64;
+
+/// Pieces of a run after which it is written.
+const LONG_RUN: usize = MAX_IOV / 2;
+
+/// Payloads of one stream that follow each other.
+#[derive(Default)]
+struct Run<'a> {
+    /// Whose they are; nobody's are dropped.
+    stream: Option<StreamId>,
+    segments: Vec<Segment<'a>>,
+}
 
 impl Driver {
     /// Takes all bytes of `segments`. What follows the end of a session is dropped: whoever restarted says nothing more
@@ -32,15 +44,18 @@ impl Driver {
 
     fn take_all(&mut self, mut cursor: Cursor<'_, '_>) {
         let mut glance = [0; GLANCE];
+        let mut run = Run::default();
         while cursor.remaining() > 0 && self.ended.is_none() {
             if let Some(len) = self.session.unverified() {
                 self.verify(len, &mut cursor);
             } else if let Some(payload) = self.session.payload() {
                 let n = payload.remaining.min(cursor.remaining());
-                match payload.stream {
-                    Some(stream) => self.deliver(stream, &mut cursor, n),
-                    None => cursor.advance(n),
+                if run.stream != payload.stream || run.segments.len() >= LONG_RUN {
+                    self.deliver(&mut run);
+                    run.stream = payload.stream;
                 }
+                cursor.take(n, &mut run.segments);
+                cursor.advance(n);
                 self.session.payload_taken(n);
             } else {
                 let n = cursor.peek(&mut glance);
@@ -48,9 +63,11 @@ impl Driver {
                 cursor.advance(used);
             }
             while let Some(event) = self.session.poll_event() {
+                self.deliver(&mut run);
                 self.on_event(event);
             }
         }
+        self.deliver(&mut run);
     }
 
     /// Shows the session the seal behind the payload of `len` bytes that comes next, if it is here.
@@ -76,8 +93,18 @@ impl Driver {
         }
     }
 
-    /// Moves the next `n` bytes to a stream's socket.
-    fn deliver(&mut self, stream: StreamId, cursor: &mut Cursor<'_, '_>, n: usize) {
+    /// Ends a run: it goes to its stream's socket.
+    fn deliver(&mut self, run: &mut Run<'_>) {
+        if let Some(stream) = run.stream.take() {
+            self.write(stream, &run.segments);
+        }
+        run.segments.clear();
+    }
+
+    /// Moves bytes to a stream's socket.
+    fn write(&mut self, stream: StreamId, segments: &[Segment<'_>]) {
+        let mut cursor = Cursor::new(segments);
+        let n = cursor.remaining();
         let now = self.now();
         trace!(%stream, hop = "channel-to-socket", bytes = n);
         self.patience = STALL;
@@ -86,10 +113,9 @@ impl Driver {
             .get(&stream)
             .and_then(|key| self.locals.get_mut(*key));
         let Some(local) = local else {
-            cursor.advance(n);
             return self.session.consumed(now, stream, n);
         };
-        match local.write(cursor, n) {
+        match local.write(&mut cursor, n) {
             Ok(written) => self.session.consumed(now, stream, written),
             Err(error) => {
                 self.session.consumed(now, stream, n);
