@@ -8,7 +8,7 @@ use std::future::poll_fn;
 use std::io;
 use std::os::fd::AsFd;
 
-use tokio::io::{Interest, Ready};
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use virtproxy_engine::channel::{Link, Progress};
 use virtproxy_engine::segment::{Cursor, Segment, readv, writev};
@@ -66,18 +66,20 @@ pub async fn relay(link: &mut dyn Link, socket: &TcpStream) -> io::Result<()> {
             busy |= received == Progress::Again;
         }
         let mut ended = Ok(false);
-        let sent = link.send(&mut |segments| match socket
-            .try_io(Interest::READABLE, || readv(socket.as_fd(), segments))
-        {
-            Ok(0) => {
-                ended = Ok(true);
-                0
-            }
-            Ok(n) => n,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-            Err(error) => {
-                ended = Err(error);
-                0
+        let mut full = true;
+        let sent = link.send(&mut |segments| {
+            full = false;
+            match socket.try_io(Interest::READABLE, || readv(socket.as_fd(), segments)) {
+                Ok(0) => {
+                    ended = Ok(true);
+                    0
+                }
+                Ok(n) => n,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                Err(error) => {
+                    ended = Err(error);
+                    0
+                }
             }
         })?;
         if ended? {
@@ -85,14 +87,13 @@ pub async fn relay(link: &mut dyn Link, socket: &TcpStream) -> io::Result<()> {
         }
         busy |= sent == Progress::Again;
         if !busy {
-            let mut interest = Interest::READABLE;
-            if !rest.is_empty() {
-                interest |= Interest::WRITABLE;
-            }
+            // While the link has no room, what the socket has is no reason to wake up.
+            let (reads, writes) = (!full, !rest.is_empty());
             tokio::select! {
                 biased;
                 () = poll_fn(|cx| link.poll_ready(cx)) => {}
-                ready = socket.ready(interest) => { let _: Ready = ready?; }
+                ready = socket.readable(), if reads => ready?,
+                ready = socket.writable(), if writes => ready?,
             }
         }
     }
