@@ -19,7 +19,7 @@ use crate::spec::is_udp;
 /// Bytes looked at in one go for headers and control frames.
 const GLANCE: usize = 64;
 
-/// Pieces of a run after which it is written.
+/// Pieces of a run after which it is written. The next frame may have as many.
 const LONG_RUN: usize = MAX_IOV / 2;
 
 /// Payloads of one stream that follow each other.
@@ -49,12 +49,11 @@ impl Driver {
             if let Some(len) = self.session.unverified() {
                 self.verify(len, &mut cursor);
             } else if let Some(payload) = self.session.payload() {
-                let n = payload.remaining.min(cursor.remaining());
                 if run.stream != payload.stream || run.segments.len() >= LONG_RUN {
                     self.deliver(&mut run);
                     run.stream = payload.stream;
                 }
-                cursor.take(n, &mut run.segments);
+                let n = cursor.take(payload.remaining, &mut run.segments);
                 cursor.advance(n);
                 self.session.payload_taken(n);
             } else {
@@ -103,8 +102,7 @@ impl Driver {
 
     /// Moves bytes to a stream's socket.
     fn write(&mut self, stream: StreamId, segments: &[Segment<'_>]) {
-        let mut cursor = Cursor::new(segments);
-        let n = cursor.remaining();
+        let n = segments.iter().map(Segment::len).sum();
         let now = self.now();
         trace!(%stream, hop = "channel-to-socket", bytes = n);
         self.patience = STALL;
@@ -115,7 +113,7 @@ impl Driver {
         let Some(local) = local else {
             return self.session.consumed(now, stream, n);
         };
-        match local.write(&mut cursor, n) {
+        match local.write(segments) {
             Ok(written) => self.session.consumed(now, stream, written),
             Err(error) => {
                 self.session.consumed(now, stream, n);
