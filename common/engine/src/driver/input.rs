@@ -38,7 +38,7 @@ impl Driver {
         let len = cursor.remaining();
         self.take_all(cursor);
         let waits = self.session.is_sealed() && self.session.is_mid_frame();
-        self.stall = waits.then(|| Instant::now() + self.patience);
+        self.stall = waits.then(|| self.clock + self.patience);
         len
     }
 
@@ -106,14 +106,10 @@ impl Driver {
         let now = self.now();
         trace!(%stream, hop = "channel-to-socket", bytes = n);
         self.patience = STALL;
-        let local = self
-            .by_stream
-            .get(&stream)
-            .and_then(|key| self.locals.get_mut(*key));
-        let Some(local) = local else {
+        let Some(key) = self.key_of(stream) else {
             return self.session.consumed(now, stream, n);
         };
-        match local.write(segments) {
+        match self.locals[key].write(segments) {
             Ok(written) => self.session.consumed(now, stream, written),
             Err(error) => {
                 self.session.consumed(now, stream, n);
@@ -153,7 +149,7 @@ impl Driver {
                 self.remove_stream(stream, "refused");
             }
             Event::Finished(stream) => {
-                if let Some(key) = self.by_stream.get(&stream).copied() {
+                if let Some(key) = self.key_of(stream) {
                     self.locals[key].peer_finished();
                     self.settle(key, stream);
                 }
@@ -190,7 +186,7 @@ impl Driver {
     }
 
     fn accepted(&mut self, stream: StreamId) {
-        let Some(key) = self.by_stream.get(&stream).copied() else {
+        let Some(key) = self.key_of(stream) else {
             return;
         };
         let local = &mut self.locals[key];
@@ -202,8 +198,7 @@ impl Driver {
     }
 
     fn service_of(&self, stream: StreamId) -> &str {
-        let key = self.by_stream.get(&stream);
-        key.and_then(|key| self.locals.get(*key))
-            .map_or("?", |local| &local.service)
+        let key = self.key_of(stream);
+        key.map_or("?", |key| &self.locals[key].service)
     }
 }
