@@ -110,21 +110,23 @@ impl<'s, 'a> Cursor<'s, 'a> {
         }
     }
 
-    /// The segments from here on, at most `max` bytes and [`MAX_IOV`] segments, appended to `out`.
-    pub fn take(&self, max: usize, out: &mut Vec<Segment<'a>>) {
-        let mut left = max.min(self.remaining);
-        let mut offset = self.offset;
-        for segment in self.segments.iter().take(MAX_IOV) {
-            if left == 0 {
+    /// Appends the segments from here on to `out`, at most `max` bytes and not so many that it has more than [`MAX_IOV`];
+    /// returns how many bytes they are.
+    pub fn take(&self, max: usize, out: &mut Vec<Segment<'a>>) -> usize {
+        let most = max.min(self.remaining);
+        let (mut taken, mut offset) = (0, self.offset);
+        for segment in self.segments {
+            if taken == most || out.len() >= MAX_IOV {
                 break;
             }
-            let n = (segment.len() - offset).min(left);
+            let n = (segment.len() - offset).min(most - taken);
             if n > 0 {
                 out.push(segment.slice(offset, n));
             }
-            left -= n;
+            taken += n;
             offset = 0;
         }
+        taken
     }
 
     /// Copies the next bytes into `dst` and goes past them; returns how many there were.
@@ -240,9 +242,21 @@ mod tests {
         cursor.write(&[9, 8]);
         assert_eq!(cursor.remaining(), 1);
         let mut rest = Vec::new();
-        cursor.take(10, &mut rest);
+        assert_eq!(cursor.take(10, &mut rest), 1);
         assert_eq!(rest.len(), 1);
         assert_eq!(cursor.read(&mut out), 1);
         assert_eq!((a, c), ([1, 2, 9], [8, 5]));
+    }
+
+    #[test]
+    fn no_more_is_taken_than_one_system_call_takes() {
+        let mut bytes = [7; 3 * MAX_IOV];
+        let segments: Vec<_> = bytes.chunks_mut(2).map(Segment::from_slice).collect();
+        let cursor = Cursor::new(&segments);
+        let mut out = Vec::new();
+        assert_eq!(cursor.take(5, &mut out), 5);
+        assert_eq!(cursor.take(usize::MAX, &mut out), 2 * (MAX_IOV - 3));
+        assert_eq!(out.len(), MAX_IOV);
+        assert_eq!(cursor.take(1, &mut out), 0);
     }
 }

@@ -19,7 +19,7 @@ use crate::spec::is_udp;
 /// Bytes looked at in one go for headers and control frames.
 const GLANCE: usize = 64;
 
-/// Pieces of a run after which it is written.
+/// Pieces of a run after which it is written. The next frame may have as many.
 const LONG_RUN: usize = MAX_IOV / 2;
 
 /// Payloads of one stream that follow each other.
@@ -38,7 +38,7 @@ impl Driver {
         let len = cursor.remaining();
         self.take_all(cursor);
         let waits = self.session.is_sealed() && self.session.is_mid_frame();
-        self.stall = waits.then(|| Instant::now() + self.patience);
+        self.stall = waits.then(|| self.clock + self.patience);
         len
     }
 
@@ -49,12 +49,11 @@ impl Driver {
             if let Some(len) = self.session.unverified() {
                 self.verify(len, &mut cursor);
             } else if let Some(payload) = self.session.payload() {
-                let n = payload.remaining.min(cursor.remaining());
                 if run.stream != payload.stream || run.segments.len() >= LONG_RUN {
                     self.deliver(&mut run);
                     run.stream = payload.stream;
                 }
-                cursor.take(n, &mut run.segments);
+                let n = cursor.take(payload.remaining, &mut run.segments);
                 cursor.advance(n);
                 self.session.payload_taken(n);
             } else {
@@ -103,19 +102,14 @@ impl Driver {
 
     /// Moves bytes to a stream's socket.
     fn write(&mut self, stream: StreamId, segments: &[Segment<'_>]) {
-        let mut cursor = Cursor::new(segments);
-        let n = cursor.remaining();
+        let n = segments.iter().map(Segment::len).sum();
         let now = self.now();
         trace!(%stream, hop = "channel-to-socket", bytes = n);
         self.patience = STALL;
-        let local = self
-            .by_stream
-            .get(&stream)
-            .and_then(|key| self.locals.get_mut(*key));
-        let Some(local) = local else {
+        let Some(key) = self.key_of(stream) else {
             return self.session.consumed(now, stream, n);
         };
-        match local.write(&mut cursor, n) {
+        match self.locals[key].write(segments) {
             Ok(written) => self.session.consumed(now, stream, written),
             Err(error) => {
                 self.session.consumed(now, stream, n);
@@ -155,7 +149,7 @@ impl Driver {
                 self.remove_stream(stream, "refused");
             }
             Event::Finished(stream) => {
-                if let Some(key) = self.by_stream.get(&stream).copied() {
+                if let Some(key) = self.key_of(stream) {
                     self.locals[key].peer_finished();
                     self.settle(key, stream);
                 }
@@ -192,7 +186,7 @@ impl Driver {
     }
 
     fn accepted(&mut self, stream: StreamId) {
-        let Some(key) = self.by_stream.get(&stream).copied() else {
+        let Some(key) = self.key_of(stream) else {
             return;
         };
         let local = &mut self.locals[key];
@@ -204,8 +198,7 @@ impl Driver {
     }
 
     fn service_of(&self, stream: StreamId) -> &str {
-        let key = self.by_stream.get(&stream);
-        key.and_then(|key| self.locals.get(*key))
-            .map_or("?", |local| &local.service)
+        let key = self.key_of(stream);
+        key.map_or("?", |key| &self.locals[key].service)
     }
 }

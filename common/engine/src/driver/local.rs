@@ -16,7 +16,7 @@ use tokio::task::AbortHandle;
 use virtproxy_mux::StreamId;
 
 use crate::backlog::Backlog;
-use crate::segment::{Cursor, readv, writev};
+use crate::segment::{Cursor, Segment, readv, writev};
 use crate::socket::Socket;
 
 /// How far a local side has come.
@@ -92,7 +92,7 @@ impl Local {
             return Ok(Read::Blocked);
         };
         let mut segments = Vec::with_capacity(32);
-        room.take(max, &mut segments);
+        let offered = room.take(max, &mut segments);
         match readv(socket.as_fd(), &segments) {
             Ok(0) => {
                 self.readable = false;
@@ -101,7 +101,7 @@ impl Local {
             }
             Ok(n) => {
                 // A short read has emptied the socket (epoll(7)), unless its end of file is still to be read.
-                self.readable = n == max || self.read_closing;
+                self.readable = n == offered || self.read_closing;
                 Ok(Read::Bytes(n))
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -112,26 +112,22 @@ impl Local {
         }
     }
 
-    /// Writes the next `n` bytes of `cursor`, keeps what the socket does not take now, and goes past them all. Returns
-    /// how many it took.
-    pub(super) fn write(&mut self, cursor: &mut Cursor<'_, '_>, n: usize) -> io::Result<usize> {
-        let mut written = 0;
+    /// Writes `segments`, at most [`MAX_IOV`](crate::segment::MAX_IOV) of them, and keeps what the socket does not take now.
+    /// Returns how many bytes it took.
+    pub(super) fn write(&mut self, segments: &[Segment<'_>]) -> io::Result<usize> {
+        let mut cursor = Cursor::new(segments);
+        let len = cursor.remaining();
         if let (Some(socket), true, true) = (&self.socket, self.backlog.is_empty(), self.writable) {
-            let mut segments = Vec::with_capacity(32);
-            cursor.take(n, &mut segments);
-            match writev(socket.as_fd(), &segments) {
-                Ok(taken) => written = taken,
+            match writev(socket.as_fd(), segments) {
+                Ok(taken) => cursor.advance(taken),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => {
-                    cursor.advance(n);
-                    return Err(error);
-                }
+                Err(error) => return Err(error),
             }
-            self.writable = written == n;
+            self.writable = cursor.remaining() == 0;
         }
-        cursor.advance(written);
-        self.backlog.push(cursor, n - written);
-        Ok(written)
+        let left = cursor.remaining();
+        self.backlog.push(&mut cursor, left);
+        Ok(len - left)
     }
 
     /// Writes what waits, as far as the socket takes it; returns how many bytes it took.

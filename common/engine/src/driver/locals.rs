@@ -24,6 +24,7 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 impl Driver {
     /// Handles what happened to the local sockets since the last turn.
     pub(super) fn local_events(&mut self) -> io::Result<()> {
+        self.clock = Instant::now();
         self.accept_again();
         while std::mem::take(&mut self.events_pending) {
             self.sockets.take(&mut self.events)?;
@@ -109,6 +110,27 @@ impl Driver {
         }
     }
 
+    /// Makes the local side at `key` that of `stream`.
+    fn join(&mut self, stream: StreamId, key: usize) {
+        let index = stream.index();
+        if self.keys.len() <= index {
+            self.keys.resize(index + 1, usize::MAX);
+        }
+        self.keys[index] = key;
+        self.locals[key].stream = Some(stream);
+    }
+
+    /// The key of the stream's local side.
+    pub(super) fn key_of(&self, stream: StreamId) -> Option<usize> {
+        let key = *self.keys.get(stream.index())?;
+        (self.locals.get(key)?.stream == Some(stream)).then_some(key)
+    }
+
+    /// All streams that have a local side.
+    pub(super) fn streams(&self) -> impl Iterator<Item = StreamId> {
+        self.locals.iter().filter_map(|(_, local)| local.stream)
+    }
+
     /// Opens the stream of a client that has none, or lets it wait for the peer, or refuses it.
     fn open_stream(&mut self, key: usize) {
         let local = &mut self.locals[key];
@@ -116,8 +138,7 @@ impl Driver {
             Ok(stream) => {
                 debug!(%stream, service = %local.service, "asked the other end to open");
                 local.phase = Phase::Opening;
-                local.stream = Some(stream);
-                self.by_stream.insert(stream, key);
+                self.join(stream, key);
             }
             Err(OpenError::NotEstablished | OpenError::GoingAway) => {
                 if self.incompatible {
@@ -239,7 +260,6 @@ impl Driver {
             local.settle();
             if local.is_done() {
                 debug!(%stream, service = %local.service, "stream ended");
-                self.by_stream.remove(&stream);
                 self.locals.remove(key);
             }
         }
@@ -254,13 +274,11 @@ impl Driver {
 
     /// Cuts off and forgets the local side of a stream.
     pub(super) fn remove_stream(&mut self, stream: StreamId, why: &str) {
-        let Some(key) = self.by_stream.remove(&stream) else {
+        let Some(key) = self.key_of(stream) else {
             return;
         };
         let now = self.now();
-        let Some(local) = self.locals.try_remove(key) else {
-            return;
-        };
+        let local = self.locals.remove(key);
         debug!(%stream, service = %local.service, why, "stream cut off");
         self.session.consumed(now, stream, local.backlog.len());
         if let Phase::Connecting(task) = local.phase {
@@ -273,7 +291,7 @@ impl Driver {
 
     /// Cuts off every stream; clients that wait go on waiting.
     pub(super) fn abort_streams(&mut self, why: &str) {
-        let streams: Vec<_> = self.by_stream.keys().copied().collect();
+        let streams: Vec<_> = self.streams().collect();
         if !streams.is_empty() {
             info!(streams = streams.len(), why, "streams cut off");
         }
@@ -306,10 +324,9 @@ impl Driver {
             (key, stream, named)
         });
         debug!(%stream, service, "connecting");
-        let mut local = Local::new(service.into(), Phase::Connecting(task));
-        local.stream = Some(stream);
-        self.locals.insert(local);
-        self.by_stream.insert(stream, key);
+        self.locals
+            .insert(Local::new(service.into(), Phase::Connecting(task)));
+        self.join(stream, key);
     }
 
     /// A target was connected to, or not.
@@ -317,7 +334,7 @@ impl Driver {
         let Ok((key, stream, result)) = joined else {
             return; // cancelled
         };
-        if self.by_stream.get(&stream) != Some(&key) {
+        if self.key_of(stream) != Some(key) {
             return; // cancelled just now
         }
         let result = result.and_then(|socket| {

@@ -136,7 +136,9 @@ pub struct Driver {
     services: HashMap<String, Target>,
     outlets: Vec<Outlet>,
     locals: Slab<Local>,
-    by_stream: HashMap<StreamId, usize>,
+    /// Keys of the streams' local sides, each at its stream's index. One whose local side is another stream's, or gone, is
+    /// out of date.
+    keys: Vec<usize>,
     /// Keys of clients that wait, in the order of their deadlines.
     waiting: VecDeque<usize>,
     connects: JoinSet<Connected>,
@@ -152,6 +154,8 @@ pub struct Driver {
     ended: Option<End>,
     restarts: (Instant, u32),
     started: Instant,
+    /// When the present turn began, which is as much as it knows of the time.
+    clock: Instant,
     next_ping: Instant,
     peer_silent: bool,
     /// The other end is there, but speaks no version that we speak.
@@ -228,12 +232,13 @@ impl Driver {
             services,
             outlets: listening,
             locals: Slab::new(),
-            by_stream: HashMap::new(),
+            keys: Vec::new(),
             waiting: VecDeque::new(),
             connects: JoinSet::new(),
             ended: None,
             restarts: (now, 0),
             started: now,
+            clock: now,
             next_ping: now + KEEPALIVE,
             peer_silent: false,
             incompatible: false,
@@ -447,7 +452,7 @@ impl Driver {
 
     /// Stops listening and tells the peer.
     fn begin_stop(&mut self) -> Stopping {
-        info!(streams = self.by_stream.len(), "ending");
+        info!(streams = self.streams().count(), "ending");
         self.outlets.clear();
         self.refuse_waiting("shutting down");
         self.session.go_away(Reason::ShuttingDown, "");
@@ -460,13 +465,13 @@ impl Driver {
     /// Whether the stop is done. When the grace is over, resets the streams that are left and gives that a little time
     /// to reach the peer.
     fn stop_done(&mut self, stop: &mut Stopping, busy: bool) -> bool {
-        if self.by_stream.is_empty() && !self.session.owes_control() && !busy {
+        if self.streams().next().is_none() && !self.session.owes_control() && !busy {
             return true;
         }
         if Instant::now() < stop.deadline {
             return false;
         }
-        let streams: Vec<_> = self.by_stream.keys().copied().collect();
+        let streams: Vec<_> = self.streams().collect();
         for stream in streams {
             self.session.reset(stream, Reason::ShuttingDown, "");
             self.remove_stream(stream, "shutting down");
@@ -477,11 +482,10 @@ impl Driver {
 
     /// Asks for a sign of life now and then, and reports its absence; a paused machine is not a dead one.
     fn keepalive(&mut self) {
-        let now = Instant::now();
-        if now < self.next_ping {
+        if self.clock < self.next_ping {
             return;
         }
-        self.next_ping = now + self.ping_interval();
+        self.next_ping = self.clock + self.ping_interval();
         let answered = self.session.ping_sent().is_none();
         // Asked again and again: that is what makes a peer that restarted unseen show itself.
         self.session.ping();
@@ -495,7 +499,7 @@ impl Driver {
 
     /// Asks about a frame whose rest does not come, before the keepalive does.
     fn ask_for_the_rest(&mut self) {
-        if self.stall.is_some_and(|at| at <= Instant::now()) {
+        if self.stall.is_some_and(|at| at <= self.clock) {
             self.stall = None;
             self.patience = (self.patience * 2).min(KEEPALIVE);
             self.session.stalled();
@@ -535,9 +539,10 @@ impl Driver {
         Ok(())
     }
 
-    /// Microseconds since the driver started.
+    /// Microseconds from the driver's start to that of the present turn.
     fn now(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
+        let elapsed = self.clock.duration_since(self.started);
+        u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX)
     }
 }
 

@@ -28,10 +28,10 @@ impl Driver {
 
     /// Reads up to `max` bytes of a stream into the room behind its header.
     fn data(&mut self, stream: StreamId, max: usize, cursor: &mut Cursor<'_, '_>) {
-        let key = self.by_stream.get(&stream).copied();
-        let Some((key, local)) = key.and_then(|key| Some((key, self.locals.get_mut(key)?))) else {
+        let Some(key) = self.key_of(stream) else {
             return self.session.blocked(stream);
         };
+        let local = &mut self.locals[key];
         let mut payload = cursor.clone();
         payload.advance(HEADER_LEN);
         match local.read(&payload, max) {
