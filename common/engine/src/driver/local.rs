@@ -16,7 +16,7 @@ use tokio::task::AbortHandle;
 use virtproxy_mux::StreamId;
 
 use crate::backlog::Backlog;
-use crate::segment::{Cursor, readv, writev};
+use crate::segment::{Cursor, Segment, readv, writev};
 use crate::socket::Socket;
 
 /// How far a local side has come.
@@ -101,7 +101,7 @@ impl Local {
             }
             Ok(n) => {
                 // A short read has emptied the socket (epoll(7)), unless its end of file is still to be read.
-                self.readable = n == max || self.read_closing;
+                self.readable = n == len(&segments) || self.read_closing;
                 Ok(Read::Bytes(n))
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -115,23 +115,28 @@ impl Local {
     /// Writes the next `n` bytes of `cursor`, keeps what the socket does not take now, and goes past them all. Returns
     /// how many it took.
     pub(super) fn write(&mut self, cursor: &mut Cursor<'_, '_>, n: usize) -> io::Result<usize> {
-        let mut written = 0;
-        if let (Some(socket), true, true) = (&self.socket, self.backlog.is_empty(), self.writable) {
+        let mut left = n;
+        if let (Some(socket), true) = (&self.socket, self.backlog.is_empty()) {
             let mut segments = Vec::with_capacity(32);
-            cursor.take(n, &mut segments);
-            match writev(socket.as_fd(), &segments) {
-                Ok(taken) => written = taken,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => {
-                    cursor.advance(n);
-                    return Err(error);
-                }
+            // More than once if there are more segments than a system call takes.
+            while self.writable && left > 0 {
+                segments.clear();
+                cursor.take(left, &mut segments);
+                let taken = match writev(socket.as_fd(), &segments) {
+                    Ok(taken) => taken,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                    Err(error) => {
+                        cursor.advance(left);
+                        return Err(error);
+                    }
+                };
+                self.writable = taken == len(&segments);
+                cursor.advance(taken);
+                left -= taken;
             }
-            self.writable = written == n;
         }
-        cursor.advance(written);
-        self.backlog.push(cursor, n - written);
-        Ok(written)
+        self.backlog.push(cursor, left);
+        Ok(n - left)
     }
 
     /// Writes what waits, as far as the socket takes it; returns how many bytes it took.
@@ -162,5 +167,34 @@ impl Local {
     /// Whether both directions have ended in order.
     pub(super) fn is_done(&self) -> bool {
         self.read_done && self.write_done
+    }
+}
+
+fn len(segments: &[Segment<'_>]) -> usize {
+    segments.iter().map(Segment::len).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::segment::MAX_IOV;
+    use std::io::Read as _;
+
+    #[test]
+    fn more_segments_than_a_system_call_takes_leave_nothing_behind() {
+        let (near, mut far) = std::os::unix::net::UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let mut local = Local::new("service".into(), Phase::Open);
+        local.socket = Some(Socket::Unix(mio::net::UnixStream::from_std(near)));
+        let expected: Vec<u8> = (0..=255).cycle().take(3 * MAX_IOV + 1).collect();
+        let mut bytes = expected.clone();
+        let segments: Vec<_> = bytes.chunks_mut(1).map(Segment::from_slice).collect();
+        let mut cursor = Cursor::new(&segments);
+        let written = local.write(&mut cursor, expected.len()).unwrap();
+        assert_eq!(written, expected.len());
+        assert!(local.writable, "no event will say so");
+        let mut received = vec![0; expected.len()];
+        far.read_exact(&mut received).unwrap();
+        assert!(received == expected);
     }
 }
