@@ -77,6 +77,12 @@ impl<'m> Batch<'m> {
         self.chains.is_empty()
     }
 
+    /// Pieces in a chain, on average and rounded up: a piece takes a descriptor of the ring, unless its chain has a table of
+    /// its own.
+    pub(super) fn pieces(&self) -> usize {
+        self.segments.len().div_ceil(self.chains.len().max(1))
+    }
+
     /// Takes chains from the head of the ring. Malformed ones are given back and told to `report`.
     ///
     /// # Errors

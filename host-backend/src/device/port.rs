@@ -36,6 +36,7 @@ use super::chains::{self, Batch, Direction};
 use super::control::HostSide;
 use super::eager::Eager;
 use super::kick::Kicks;
+use super::late::Late;
 use super::quiet::Quiet;
 use super::ring::{Fault, Ring};
 use super::sessions::{Sessions, Standing, chains_left};
@@ -398,6 +399,7 @@ impl Port {
                     generation,
                     kicks,
                     eager: Eager::new(self.busy_poll),
+                    late: Late::new(),
                     batch: Batch::default(),
                     pace: Pace::new(),
                 };
@@ -468,9 +470,29 @@ struct PortLink {
     generation: u64,
     kicks: Kicks,
     eager: Eager,
+    late: Late,
     /// Only its buffers matter from call to call.
     batch: Batch<'static>,
     pace: Pace,
+}
+
+impl PortLink {
+    /// Tells the guest's driver what it is owed: what was owed for long enough, or all of it.
+    fn settle(&mut self, all: bool) {
+        let mut state = self.shared.ports[self.index].lock();
+        let goes = state.check_restart();
+        let over = state.sessions.standing(self.generation) == Standing::Over;
+        let Some(rings) = state.rings.as_ref().filter(|_| goes && !over) else {
+            return;
+        };
+        let (memory, mut vring) = (rings.memory.memory(), rings.from_guest.get_mut());
+        // One that is stopped starts with an interrupt (`vring`).
+        if is_running(&vring)
+            && let Ok(ring) = Ring::new(&mut vring, &memory)
+        {
+            self.late.settle(ring, all);
+        }
+    }
 }
 
 impl Link for PortLink {
@@ -483,6 +505,9 @@ impl Link for PortLink {
 
     fn receive(&mut self, sink: &mut Sink<'_>) -> io::Result<Progress> {
         self.eager.busy();
+        if self.late.is_due() {
+            self.settle(false);
+        }
         let cell = &self.shared.ports[self.index];
         let mut state = cell.lock();
         let goes = state.check_restart();
@@ -490,10 +515,15 @@ impl Link for PortLink {
         let Some(rings) = state.rings.as_ref().filter(|_| standing != Standing::Over) else {
             return Err(io::ErrorKind::UnexpectedEof.into());
         };
-        from_guest::receive(cell, rings, goes, standing, &mut self.batch, sink)
+        let (late, batch) = (&mut self.late, &mut self.batch);
+        from_guest::receive(cell, rings, goes, standing, late, batch, sink)
     }
 
     fn send(&mut self, source: &mut Source<'_>) -> io::Result<Progress> {
+        // Who sends and sends never comes to `poll_ready`.
+        if self.late.is_due() {
+            self.settle(false);
+        }
         let cell = &self.shared.ports[self.index];
         let mut state = cell.lock();
         state.check_restart();
@@ -508,6 +538,9 @@ impl Link for PortLink {
     }
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.late.poll_due(cx).is_ready() {
+            self.settle(false);
+        }
         let cell = &self.shared.ports[self.index];
         let watched = self.kicks.watch();
         cell.watched.store(watched, Ordering::SeqCst);
@@ -523,6 +556,7 @@ impl Link for PortLink {
 
 impl Drop for PortLink {
     fn drop(&mut self) {
+        self.settle(true);
         let cell = &self.shared.ports[self.index];
         cell.watched.store(false, Ordering::SeqCst);
         cell.change(|state| state.sessions.release(self.generation));

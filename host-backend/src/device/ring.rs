@@ -5,7 +5,7 @@
 //! The library's queue knows where the ring is and how far it has come. What lies in the ring is read and written here, by
 //! pointers that a [`Ring`] looks up in the map of the guest's memory once, when it is made: the library looks each index,
 //! descriptor and used element up anew, which cost as much as copying the page behind it. Chains that are given back
-//! become visible together, with one interrupt at most, when the `Ring` is dropped.
+//! become visible together, with one interrupt at most, when the `Ring` is dropped or [`shown`](Ring::show).
 //!
 //! Everything in a ring is the guest's word: it is read once and believed only as far as it was checked.
 
@@ -59,8 +59,8 @@ pub(super) struct Ring<'r, 'm> {
     descriptors: Slice<'m>,
     avail: Slice<'m>,
     used: Slice<'m>,
-    /// Where the driver was told that the used ring ends.
-    told: u16,
+    /// Where the driver sees the used ring end.
+    shown: u16,
 }
 
 impl<'r, 'm> Ring<'r, 'm> {
@@ -79,7 +79,7 @@ impl<'r, 'm> Ring<'r, 'm> {
             descriptors: part(queue.desc_table(), DESCRIPTOR, 0)?,
             avail: part(queue.avail_ring(), AVAIL, ELEMENTS + size_of::<u16>())?,
             used: part(queue.used_ring(), USED, ELEMENTS + size_of::<u16>())?,
-            told: queue.next_used(),
+            shown: queue.next_used(),
             memory,
             state,
         };
@@ -136,7 +136,7 @@ impl<'r, 'm> Ring<'r, 'm> {
         if head >= self.size() {
             return;
         }
-        let position = self.queue().next_used();
+        let position = self.used_end();
         let at = ELEMENTS + USED * self.slot(position);
         self.used
             .get_ref(at)
@@ -169,15 +169,49 @@ impl<'r, 'm> Ring<'r, 'm> {
         self.available().is_ok_and(|available| available >= count)
     }
 
-    /// Whether the driver wants an interrupt for the used elements since `told`.
-    fn wants_interrupt(&self) -> bool {
-        if !self.queue().event_idx_enabled() {
+    /// Shows the driver what was given back. From where on it wants an interrupt, if it does and was told of nothing since
+    /// `told` (or since this was shown last).
+    pub(super) fn show(&mut self, told: Option<u16>) -> Option<u16> {
+        let (told, index) = (told.unwrap_or(self.shown), self.used_end());
+        if told == index {
+            return None;
+        }
+        self.shown = index;
+        store(&self.used, INDEX, index, Ordering::Release);
+        // The index is visible before we look whether somebody waits for it.
+        fence(Ordering::SeqCst);
+        if !self.tells_how_far() {
             let flags = load(&self.avail, 0, Ordering::Relaxed);
-            return u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0;
+            return (u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0).then_some(told);
         }
         let at = ELEMENTS + AVAIL * usize::from(self.size());
         let event = load(&self.avail, at, Ordering::Relaxed);
-        distance(self.told, event) < distance(self.told, self.queue().next_used())
+        (distance(told, event) < distance(told, index)).then_some(event)
+    }
+
+    pub(super) fn interrupt(&self) {
+        // Fails only when the eventfd's counter is full, and then it is signalled already.
+        let _ = self.state.signal_used_queue();
+    }
+
+    /// Whether the driver says how far it has taken back what was given back (EVENT_IDX).
+    pub(super) fn tells_how_far(&self) -> bool {
+        self.queue().event_idx_enabled()
+    }
+
+    /// Where the used ring ends.
+    pub(super) fn used_end(&self) -> u16 {
+        self.queue().next_used()
+    }
+
+    /// Chains that were given back from a position of the used ring on.
+    pub(super) fn used_since(&self, position: u16) -> u16 {
+        distance(position, self.used_end())
+    }
+
+    /// Chains that the device has, or gave back from a position of the used ring on. (If the driver can be believed.)
+    pub(super) fn in_use(&self, position: u16) -> u16 {
+        distance(position, load(&self.avail, INDEX, Ordering::Acquire))
     }
 
     fn slot(&self, position: u16) -> usize {
@@ -192,16 +226,8 @@ impl<'r, 'm> Ring<'r, 'm> {
 impl Drop for Ring<'_, '_> {
     /// Shows the driver what was given back, and interrupts it if it wants that.
     fn drop(&mut self) {
-        let index = self.queue().next_used();
-        if index == self.told {
-            return;
-        }
-        store(&self.used, INDEX, index, Ordering::Release);
-        // The index is visible before we look whether somebody waits for it.
-        fence(Ordering::SeqCst);
-        if self.wants_interrupt() {
-            // Fails only when the eventfd's counter is full, and then it is signalled already.
-            let _ = self.state.signal_used_queue();
+        if self.show(None).is_some() {
+            self.interrupt();
         }
     }
 }

@@ -43,6 +43,11 @@ impl Host {
         complete(&self.runtime, ready, patience).is_some()
     }
 
+    /// Lets the reactor and other tasks have a turn, without waiting for the link.
+    pub fn wait_for_others(&mut self) {
+        self.runtime.block_on(tokio::task::yield_now());
+    }
+
     /// What one call receives.
     pub fn receive_once(&mut self) -> io::Result<(Vec<u8>, Progress)> {
         let mut bytes = Vec::new();

@@ -224,7 +224,8 @@ impl Ring {
         self.used_index() != self.used
     }
 
-    /// Takes the next chain that the device gave back, and the bytes it wrote.
+    /// Takes the next chain that the device gave back, and the bytes it wrote. Asks to be interrupted for the one behind it,
+    /// as Linux does (`virtqueue_get_buf`).
     pub fn pop(&mut self) -> Option<(u16, u32)> {
         if !self.has_used() {
             return None;
@@ -236,6 +237,7 @@ impl Ring {
         let head = u16::try_from(u32::from_le_bytes(raw[..4].try_into().unwrap())).unwrap();
         let len = u32::from_le_bytes(raw[4..].try_into().unwrap());
         self.used = self.used.wrapping_add(1);
+        self.ask_for_interrupt();
         let rest = self.chains[usize::from(head)]
             .take()
             .expect("the device used a chain it was not given");
@@ -250,6 +252,11 @@ impl Ring {
 
     /// Asks for an interrupt at the next chain; true if one is there already.
     pub fn enable_interrupts(&self) -> bool {
+        self.ask_for_interrupt();
+        self.has_used()
+    }
+
+    fn ask_for_interrupt(&self) {
         if self.setup.event_idx {
             let at = GuestAddress(self.avail_at() + 4 + 2 * u64::from(self.setup.size));
             self.memory
@@ -257,7 +264,6 @@ impl Ring {
                 .unwrap();
             fence(Ordering::SeqCst);
         }
-        self.has_used()
     }
 
     /// Says with the flag that no interrupts are wanted (without EVENT_IDX).
@@ -272,31 +278,38 @@ impl Ring {
     pub fn wait_used(&mut self) {
         wait_any(&mut [self]);
     }
+
+    /// Waits for an interrupt, whatever there is in the ring.
+    pub fn wait_interrupted(&mut self) {
+        wait_interrupted(&mut [self]);
+    }
 }
 
 /// Waits for an interrupt of one of the rings, and panics if there is none in time.
 pub fn wait_any(rings: &mut [&mut Ring]) {
-    loop {
-        if rings.iter().any(|ring| ring.enable_interrupts()) {
-            return;
-        }
-        let mut fds: Vec<libc::pollfd> = rings
-            .iter()
-            .map(|ring| libc::pollfd {
-                fd: ring.call.as_raw_fd(),
-                events: libc::POLLIN,
-                revents: 0,
-            })
-            .collect();
-        let timeout = i32::try_from(PATIENCE.as_millis()).unwrap();
-        // SAFETY: `fds` is a valid array of its length.
-        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) };
-        assert!(ready > 0, "no interrupt came");
-        for (ring, fd) in rings.iter_mut().zip(&fds) {
-            if fd.revents != 0 {
-                ring.interrupts += 1;
-                ring.call.read().unwrap();
-            }
+    while !rings.iter().any(|ring| ring.enable_interrupts()) {
+        wait_interrupted(rings);
+    }
+}
+
+/// The same, but waits whether or not there is anything in the rings.
+fn wait_interrupted(rings: &mut [&mut Ring]) {
+    let mut fds: Vec<libc::pollfd> = rings
+        .iter()
+        .map(|ring| libc::pollfd {
+            fd: ring.call.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        })
+        .collect();
+    let timeout = i32::try_from(PATIENCE.as_millis()).unwrap();
+    // SAFETY: `fds` is a valid array of its length.
+    let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) };
+    assert!(ready > 0, "no interrupt came");
+    for (ring, fd) in rings.iter_mut().zip(&fds) {
+        if fd.revents != 0 {
+            ring.interrupts += 1;
+            ring.call.read().unwrap();
         }
     }
 }
