@@ -48,7 +48,7 @@ pub fn program(name: &str) -> PathBuf {
     folder.join(name)
 }
 
-/// A running `virtproxy`.
+/// A running `virtproxy`, or another program that stays.
 pub struct Daemon {
     child: Child,
     log: PathBuf,
@@ -65,8 +65,13 @@ impl Daemon {
     /// Starts it with a command of the caller's choice.
     pub fn run(folder: &Path, mut command: Command) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = Path::new(command.get_program())
+            .file_name()
+            .unwrap_or_default()
+            .display()
+            .to_string();
         let log = folder.join(format!(
-            "virtproxy-{}.log",
+            "{name}-{}.log",
             NEXT.fetch_add(1, Ordering::Relaxed)
         ));
         let file = File::create(&log)?;
@@ -74,7 +79,8 @@ impl Daemon {
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
             .stderr(file);
-        let child = virtproxy_lab::spawn::spawn(command).context("cannot start virtproxy")?;
+        let child =
+            virtproxy_lab::spawn::spawn(command).with_context(|| format!("cannot start {name}"))?;
         Ok(Daemon { child, log })
     }
 
@@ -121,6 +127,17 @@ pub fn wait_for(limit: Duration, mut done: impl FnMut() -> bool) -> Result<()> {
     while !done() {
         ensure!(Instant::now() < deadline, "not within {limit:?}");
         std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
+/// Waits until a new connection to `address` works.
+pub fn wait_works(address: &str) -> Result<()> {
+    let begun = Instant::now();
+    let call = || -> Result<()> { Caller::within(address, SOON)?.call(b"hello") };
+    while let Err(error) = call() {
+        ensure!(begun.elapsed() < 2 * SOON, "nothing works: {error:#}");
+        std::thread::sleep(Duration::from_millis(20));
     }
     Ok(())
 }

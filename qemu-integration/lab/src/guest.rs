@@ -301,6 +301,19 @@ impl Guest {
         self.pid
     }
 
+    /// The ids of QEMU's threads that are the guest's processors; what its other threads do is the host's work.
+    pub fn vcpu_threads(&self) -> Result<Vec<u32>> {
+        let answer = self.qmp("query-cpus-fast", json!({}))?;
+        let processors = answer.as_array().map(Vec::as_slice).unwrap_or_default();
+        processors
+            .iter()
+            .map(|processor| {
+                let id = processor["thread-id"].as_u64().map(u32::try_from);
+                Ok(id.with_context(|| format!("a processor without a thread: {processor}"))??)
+            })
+            .collect()
+    }
+
     /// What QEMU has printed as errors so far.
     pub fn stderr(&self) -> String {
         text_of(&self.folder.join("stderr"))

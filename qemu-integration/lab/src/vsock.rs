@@ -28,6 +28,7 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct VsockDevice {
     child: Child,
+    log: PathBuf,
     socket: PathBuf,
     uds: PathBuf,
 }
@@ -52,19 +53,31 @@ impl VsockDevice {
             .stdout(said.try_clone()?)
             .stderr(said);
         let child = spawn::spawn(command).context("cannot start vhost-device-vsock")?;
-        let mut device = Self { child, socket, uds };
+        let mut device = Self {
+            child,
+            log,
+            socket,
+            uds,
+        };
         let deadline = Instant::now() + START_LIMIT;
         while !device.socket.exists() {
             let ended = device.child.try_wait()?;
             if ended.is_some() || Instant::now() > deadline {
-                bail!(
-                    "{CRATE} does not listen: {}",
-                    fs::read_to_string(&log).unwrap_or_default()
-                );
+                bail!("{CRATE} does not listen: {}", device.log());
             }
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(device)
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// All it has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     /// Where QEMU reaches the device.

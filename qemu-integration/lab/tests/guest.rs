@@ -116,6 +116,11 @@ fn one_guest_through_its_life() -> Result<()> {
     );
 
     let pid = guest.pid();
+    let threads = guest.vcpu_threads()?;
+    assert_eq!(threads.len(), 2);
+    for thread in threads {
+        assert!(std::path::Path::new(&format!("/proc/{pid}/task/{thread}")).exists());
+    }
     assert!(guest.quit()?.success());
     assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
     std::fs::remove_dir_all(folder)?;

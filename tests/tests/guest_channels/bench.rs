@@ -3,15 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use virtproxy_lab::{
     Chardev, DeviceOptions, Guest, GuestFile, GuestOptions, Lab, SerialPort, VsockDevice,
     isa_serial, vhost_user_console, virtio_serial,
 };
 use virtproxy_tests::creds;
-use virtproxy_tests::peer::Caller;
 use virtproxy_tests::scene::{Daemon, GUEST_PEER, SOON, new_address, program, wait_for};
 
 /// The folder of certificates in the guest.
@@ -202,17 +200,6 @@ impl End {
             End::StartedByTheOther => String::new(),
         }
     }
-}
-
-/// Waits until a new connection to `address` works.
-pub(crate) fn wait_works(address: &str) -> Result<()> {
-    let begun = Instant::now();
-    let call = || -> Result<()> { Caller::within(address, SOON)?.call(b"hello") };
-    while let Err(error) = call() {
-        ensure!(begun.elapsed() < 2 * SOON, "nothing works: {error:#}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
 }
 
 /// A command line of one of the test's own programs on this host.

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use virtproxy_tests::peer::{self, Caller};
-use virtproxy_tests::scene::{SOON, wait_for};
+use virtproxy_tests::scene::{SOON, wait_for, wait_works};
 use virtproxy_tests::tap::Fault;
 
-use crate::bench::{Bench, End, wait_works};
+use crate::bench::{Bench, End};
 use crate::rows::{Row, Tap};
 
 /// One column of the table.

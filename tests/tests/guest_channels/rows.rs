@@ -6,10 +6,10 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use socket2::SockAddr;
 use virtproxy_lab::Lab;
-use virtproxy_tests::scene::new_address;
+use virtproxy_tests::scene::{new_address, wait_works};
 use virtproxy_tests::tap::{Between, Faults};
 
-use crate::bench::{Bench, End, TLS_IN_GUEST, new_folder, own_program, wait_works};
+use crate::bench::{Bench, End, TLS_IN_GUEST, new_folder, own_program};
 
 /// One channel.
 pub(crate) struct Row {

@@ -3,6 +3,10 @@
 //! They all end at the same service, `peer serve`, which listens on [`PEER`] in the guest, and begin at one TCP address
 //! of this host.
 
+mod relay;
+mod up;
+mod virtproxy;
+
 use std::path::Path;
 
 use anyhow::Result;
@@ -47,4 +51,14 @@ pub(crate) trait Running {
     fn most_connections(&self) -> Option<(usize, &'static str)> {
         None
     }
+}
+
+/// All of them, in the order of the report.
+pub(crate) fn all() -> Vec<Box<dyn Way>> {
+    vec![
+        Box::new(virtproxy::VhostUser),
+        Box::new(virtproxy::OverChardev),
+        Box::new(relay::VhostUser),
+        Box::new(relay::OverChardev),
+    ]
 }

@@ -1,0 +1,84 @@
+//! virtproxy itself: over its own device, and over the socket of QEMU's.
+
+use std::path::Path;
+
+use anyhow::Result;
+use virtproxy_lab::{DeviceOptions, Guest, GuestOptions, vhost_user_console, virtserialport};
+use virtproxy_tests::scene::new_address;
+
+use super::up::{self, Up};
+use super::{Running, Way};
+use crate::results::Kind;
+
+const PORT: &str = "org.virtproxy.0";
+
+/// The host's end is the device.
+pub(super) struct VhostUser;
+
+impl Way for VhostUser {
+    fn key(&self) -> &'static str {
+        "virtproxy"
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::Ours
+    }
+
+    fn start(&self, folder: &Path) -> Result<Box<dyn Running>> {
+        let (socket, address) = (folder.join("device"), new_address());
+        let channel = format!("vhost-user:{}:-", socket.display());
+        let daemon = start_daemon(folder, &channel, &address)?;
+        up::wait_listens(&socket, &daemon)?;
+        let device = vhost_user_console(&socket, &DeviceOptions::default());
+        let guest = boot(device)?;
+        up(guest, "vhost-user", address).program(daemon).works()
+    }
+}
+
+/// The host's end connects to the chardev of QEMU's own device.
+pub(super) struct OverChardev;
+
+impl Way for OverChardev {
+    fn key(&self) -> &'static str {
+        "virtproxy-chardev"
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::Ours
+    }
+
+    fn start(&self, folder: &Path) -> Result<Box<dyn Running>> {
+        let (socket, address) = (folder.join("port"), new_address());
+        let guest = boot(virtserialport(&socket, PORT))?;
+        let channel = format!("unix-connect:{}:-", socket.display());
+        let daemon = start_daemon(folder, &channel, &address)?;
+        up(guest, "virtserialport", address).program(daemon).works()
+    }
+}
+
+fn start_daemon(
+    folder: &Path,
+    channel: &str,
+    address: &str,
+) -> Result<virtproxy_tests::scene::Daemon> {
+    up::own(
+        folder,
+        "virtproxy",
+        &["-c", channel, "-o", &format!("peer:{address}")],
+    )
+}
+
+fn boot(device: Vec<String>) -> Result<Guest> {
+    let agent = virtproxy_lab::program("virtproxy-agent")?;
+    let guest = up::boot(GuestOptions::default().device(device).agent(&agent))?;
+    up::start_in(
+        &guest,
+        &format!("virtproxy-agent -c virtserial-open:{PORT}:- -i peer:127.0.0.1:7000"),
+    )?;
+    Ok(guest)
+}
+
+fn up(guest: Guest, device: &str, address: String) -> Up {
+    let title = format!("virtproxy {} ({device})", env!("CARGO_PKG_VERSION"));
+    Up::new(title, guest, address).guest_programs(&["virtproxy-agent"])
+}
