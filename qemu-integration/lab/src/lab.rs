@@ -87,6 +87,8 @@ impl Lab {
             "usr/bin/socat",
             "usr/bin/dig",
             "usr/bin/wget",
+            "usr/bin/passt",
+            "usr/bin/passt.avx2",
             "usr/sbin/dnsmasq",
         ] {
             tools::wrap(&cache, &userland, program, &[], &[])?;
@@ -116,7 +118,7 @@ impl Lab {
     }
 
     /// The path of a host-side program: the system's when it is installed, else the cache's (`dig`,
-    /// `dnsmasq`, `sftp`, `socat`, `ssh`, `ssh-keygen`, `wget`).
+    /// `dnsmasq`, `passt`, `passt.avx2`, `sftp`, `socat`, `ssh`, `ssh-keygen`, `wget`).
     pub fn tool(&self, name: &str) -> Result<PathBuf> {
         tool_in(&self.cache, name)
     }

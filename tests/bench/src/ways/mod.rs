@@ -3,7 +3,9 @@
 //! They all end at the same service, `peer serve`, which listens on [`PEER`] in the guest, and begin at one TCP address
 //! of this host.
 
+mod passt;
 mod relay;
+mod slirp;
 mod up;
 mod virtproxy;
 
@@ -60,5 +62,7 @@ pub(crate) fn all() -> Vec<Box<dyn Way>> {
         Box::new(virtproxy::OverChardev),
         Box::new(relay::VhostUser),
         Box::new(relay::OverChardev),
+        Box::new(passt::Passt),
+        Box::new(slirp::Slirp),
     ]
 }
