@@ -123,6 +123,16 @@ impl Lab {
         tool_in(&self.cache, name)
     }
 
+    /// The version of the program that [`tool`](Self::tool) gives for `name`, as its project writes it; `package` is the
+    /// one that has it.
+    pub fn tool_version(&self, name: &str, package: &str) -> String {
+        let version = match tools::in_path(name) {
+            Some(_) => tools::installed_version(package),
+            None => self.userland.version(package),
+        };
+        version.as_deref().map_or("?", tools::upstream).to_owned()
+    }
+
     /// `ssh` with the guest's keys and nothing of the user's own settings. Add `-p PORT root@HOST COMMAND`.
     pub fn ssh_command(&self) -> Result<Command> {
         let mut command = Command::new(self.tool("ssh")?);

@@ -46,9 +46,9 @@ impl Up {
         self
     }
 
-    /// It can have one conversation at a time.
-    pub(super) fn one_connection(mut self) -> Self {
-        self.most_connections = Some((1, "a bare relay joins one port to one socket"));
+    /// It can have so many connections at once and, for that reason, no more.
+    pub(super) fn most_connections(mut self, most: usize, why: &'static str) -> Self {
+        self.most_connections = Some((most, why));
         self
     }
 
