@@ -8,6 +8,8 @@ mod relay;
 mod slirp;
 mod up;
 mod virtproxy;
+mod vsock;
+mod yamux;
 
 use std::path::Path;
 
@@ -64,5 +66,7 @@ pub(crate) fn all() -> Vec<Box<dyn Way>> {
         Box::new(relay::OverChardev),
         Box::new(passt::Passt),
         Box::new(slirp::Slirp),
+        Box::new(vsock::Vsock),
+        Box::new(yamux::Yamux),
     ]
 }
