@@ -6,6 +6,7 @@
 mod passt;
 mod relay;
 mod slirp;
+mod ssh;
 mod up;
 mod virtproxy;
 mod vsock;
@@ -67,6 +68,7 @@ pub(crate) fn all() -> Vec<Box<dyn Way>> {
         Box::new(passt::Passt),
         Box::new(slirp::Slirp),
         Box::new(vsock::Vsock),
+        Box::new(ssh::Ssh),
         Box::new(yamux::Yamux),
     ]
 }
