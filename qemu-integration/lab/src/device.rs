@@ -129,6 +129,19 @@ pub(crate) fn user_network(forwards: &[(&str, u16)]) -> Vec<String> {
     .into()
 }
 
+/// A network card whose device is the process that listens on `socket`; see [`crate::GuestOptions::vhost_user_network`].
+pub(crate) fn vhost_user_network(socket: &Path) -> Vec<String> {
+    [
+        "-chardev".to_owned(),
+        format!("socket,id=net0,path={}", socket.display()),
+        "-netdev".to_owned(),
+        "vhost-user,id=net0,chardev=net0".to_owned(),
+        "-device".to_owned(),
+        "virtio-net-pci,netdev=net0,romfile=".to_owned(),
+    ]
+    .into()
+}
+
 /// A vsock device that another process listens for on `socket`; see [`crate::VsockDevice`].
 pub(crate) fn vhost_user_vsock(socket: &Path) -> Vec<String> {
     [

@@ -5,7 +5,7 @@
 //! folder, so nothing is polled for at the start. Dropping a [`Guest`] ends its QEMU by its own process id; should this
 //! process be killed, the kernel ends it.
 
-use crate::device::{user_network, vhost_user_vsock};
+use crate::device::{user_network, vhost_user_network, vhost_user_vsock};
 use crate::folder::temporary_folder;
 use crate::image::{self, GuestFile};
 use crate::kernel;
@@ -98,9 +98,21 @@ impl GuestOptions {
     /// this host's loopback. `forwards` are an address of this host, where QEMU listens, and a port of the guest.
     #[must_use]
     pub fn user_network(self, forwards: &[(&str, u16)]) -> Self {
-        self.device(user_network(forwards))
-            .modules(kernel::NETWORK)
-            .boot_line("ip link set eth0 up && ip addr add 10.0.2.15/24 dev eth0")
+        self.device(user_network(forwards)).card(1500)
+    }
+
+    /// Adds a network card whose device is the process that listens on `socket`, such as `passt --vhost-user`; the
+    /// guest is 10.0.2.15, and the rest of the world is behind 10.0.2.2.
+    #[must_use]
+    pub fn vhost_user_network(self, socket: &Path, mtu: u16) -> Self {
+        self.device(vhost_user_network(socket)).card(mtu)
+    }
+
+    fn card(self, mtu: u16) -> Self {
+        self.modules(kernel::NETWORK)
+            .boot_line(&format!(
+                "ip link set eth0 mtu {mtu} up && ip addr add 10.0.2.15/24 dev eth0"
+            ))
             .boot_line("ip route add default via 10.0.2.2")
     }
 

@@ -32,6 +32,7 @@ const PACKAGES: &[&str] = &[
     "dnsmasq-base",
     "bind9-dnsutils",
     "wget",
+    "passt",
 ];
 
 /// Programs copied into every guest. What a release does not have yet or any more is left out.
@@ -72,6 +73,7 @@ fn recipe(plan: &Plan) -> Recipe<'_> {
             "usr/sbin/dnsmasq",
             "usr/bin/dig",
             "usr/bin/wget",
+            "usr/bin/passt.avx2",
         ],
     }
 }

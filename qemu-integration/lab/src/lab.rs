@@ -87,6 +87,8 @@ impl Lab {
             "usr/bin/socat",
             "usr/bin/dig",
             "usr/bin/wget",
+            "usr/bin/passt",
+            "usr/bin/passt.avx2",
             "usr/sbin/dnsmasq",
         ] {
             tools::wrap(&cache, &userland, program, &[], &[])?;
@@ -116,9 +118,19 @@ impl Lab {
     }
 
     /// The path of a host-side program: the system's when it is installed, else the cache's (`dig`,
-    /// `dnsmasq`, `sftp`, `socat`, `ssh`, `ssh-keygen`, `wget`).
+    /// `dnsmasq`, `passt`, `passt.avx2`, `sftp`, `socat`, `ssh`, `ssh-keygen`, `wget`).
     pub fn tool(&self, name: &str) -> Result<PathBuf> {
         tool_in(&self.cache, name)
+    }
+
+    /// The version of the program that [`tool`](Self::tool) gives for `name`, as its project writes it; `package` is the
+    /// one that has it.
+    pub fn tool_version(&self, name: &str, package: &str) -> String {
+        let version = match tools::in_path(name) {
+            Some(_) => tools::installed_version(package),
+            None => self.userland.version(package),
+        };
+        version.as_deref().map_or("?", tools::upstream).to_owned()
     }
 
     /// `ssh` with the guest's keys and nothing of the user's own settings. Add `-p PORT root@HOST COMMAND`.

@@ -8,6 +8,7 @@ use crate::cache::{Cache, write_whole};
 use crate::prefix::Prefix;
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 /// One of the project's own programs (`virtproxy`, `virtproxy-agent`): in the folder that `VIRTPROXY_BIN_DIR` names, else
 /// where cargo put it beside the test that asks.
@@ -41,6 +42,23 @@ pub(crate) fn in_path(program: &str) -> Option<PathBuf> {
     std::env::split_paths(&path)
         .map(|dir| dir.join(program))
         .find(|file| is_executable(file))
+}
+
+/// The version of a package that is installed on this machine.
+pub(crate) fn installed_version(package: &str) -> Option<String> {
+    let output = Command::new("dpkg-query")
+        .args(["--show", "--showformat=${Version}", package])
+        .stdin(Stdio::null())
+        .output()
+        .ok()?;
+    let version = String::from_utf8_lossy(&output.stdout).into_owned();
+    (output.status.success() && !version.is_empty()).then_some(version)
+}
+
+/// A package's version without what the distribution added: `1:10.0p1-7+deb13u2` is 10.0p1.
+pub(crate) fn upstream(version: &str) -> &str {
+    let version = version.split_once(':').map_or(version, |(_, rest)| rest);
+    version.rsplit_once('-').map_or(version, |(rest, _)| rest)
 }
 
 /// True for a file that may be run.
@@ -78,4 +96,24 @@ pub(crate) fn wrap(
     );
     write_whole(&file, script.as_bytes(), 0o755)?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_loses_what_the_distribution_added() {
+        for (version, of_the_project) in [
+            ("1:10.0p1-7+deb13u2", "10.0p1"),
+            (
+                "0.0~git20250503.587980c-2+deb13u1",
+                "0.0~git20250503.587980c",
+            ),
+            ("1.8.0.3", "1.8.0.3"),
+            ("2:1-rc1-1", "1-rc1"),
+        ] {
+            assert_eq!(upstream(version), of_the_project);
+        }
+    }
 }

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 const CRATE: &str = "vhost-device-vsock";
 const VERSION: &str = "0.3.0";
+const LOG: &str = "vsock.log";
 /// What the guest may send before it must be told that some was taken. That message can get lost in this device, and
 /// with its default of 64 KiB a guest that only sends then waits for ever; but every message to the guest tells it too.
 const BUFFER: u32 = 8 << 20;
@@ -37,8 +38,7 @@ impl VsockDevice {
     /// its log are in `folder`.
     pub fn start(lab: &Lab, cid: u32, folder: &Path) -> Result<Self> {
         let program = program(&lab.cache)?;
-        let [socket, uds, log] =
-            ["vsock-device", "vsock", "vsock.log"].map(|name| folder.join(name));
+        let [socket, uds, log] = ["vsock-device", "vsock", LOG].map(|name| folder.join(name));
         let said = File::create(&log).context("cannot create the vsock device's log")?;
         let mut command = Command::new(program);
         command
@@ -57,14 +57,26 @@ impl VsockDevice {
         while !device.socket.exists() {
             let ended = device.child.try_wait()?;
             if ended.is_some() || Instant::now() > deadline {
-                bail!(
-                    "{CRATE} does not listen: {}",
-                    fs::read_to_string(&log).unwrap_or_default()
-                );
+                bail!("{CRATE} does not listen: {}", device.log());
             }
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(device)
+    }
+
+    /// Its name and version.
+    pub fn title() -> String {
+        format!("{CRATE} {VERSION}")
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// All it has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.socket.with_file_name(LOG)).unwrap_or_default()
     }
 
     /// Where QEMU reaches the device.

@@ -5,7 +5,7 @@
 
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use virtproxy_tests::measure::memory_script;
@@ -15,6 +15,9 @@ use super::subject::{Subject, connect};
 /// How many connections are being made at once, so that ten thousand are a matter of seconds.
 const CLIENTS: usize = 8;
 
+/// How long that may take all together, which is a few times what it should.
+const LIMIT: Duration = Duration::from_secs(60);
+
 /// How long the programs are left alone before their memory is read.
 const SETTLE: Duration = Duration::from_secs(1);
 
@@ -23,8 +26,15 @@ pub(super) fn held(way: &mut Subject, count: usize) -> Result<Vec<f64>> {
     let qemu = way.running().guest().pid().to_string();
     let qemu_before = on_host(&qemu)?;
     let address = way.running().address();
-    let client =
-        |share: usize| -> Result<Vec<_>> { (0..share).map(|_| connect(address, "HOLD")).collect() };
+    let begun = Instant::now();
+    let open = || {
+        ensure!(
+            begun.elapsed() < LIMIT,
+            "no {count} connections within {LIMIT:?}"
+        );
+        connect(address, "HOLD")
+    };
+    let client = |share: usize| -> Result<Vec<_>> { (0..share).map(|_| open()).collect() };
     let _open: Vec<_> = thread::scope(|scope| {
         let clients: Vec<_> = (0..CLIENTS)
             .map(|nth| scope.spawn(move || client((count + nth) / CLIENTS)))

@@ -3,9 +3,14 @@
 //! They all end at the same service, `peer serve`, which listens on [`PEER`] in the guest, and begin at one TCP address
 //! of this host.
 
+mod passt;
 mod relay;
+mod slirp;
+mod ssh;
 mod up;
 mod virtproxy;
+mod vsock;
+mod yamux;
 
 use std::path::Path;
 
@@ -60,5 +65,10 @@ pub(crate) fn all() -> Vec<Box<dyn Way>> {
         Box::new(virtproxy::OverChardev),
         Box::new(relay::VhostUser),
         Box::new(relay::OverChardev),
+        Box::new(passt::Passt),
+        Box::new(slirp::Slirp),
+        Box::new(vsock::Vsock),
+        Box::new(ssh::Ssh),
+        Box::new(yamux::Yamux),
     ]
 }

@@ -69,5 +69,5 @@ fn boot(device: Vec<String>) -> Result<Guest> {
 fn up(guest: Guest, device: &str, address: String) -> Up {
     Up::new(format!("bare relay ({device})"), guest, address)
         .guest_programs(&["relay"])
-        .one_connection()
+        .most_connections(1, "a bare relay joins one port to one socket")
 }

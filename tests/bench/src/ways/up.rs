@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use virtproxy_lab::{Guest, GuestFile, GuestOptions, Lab};
+use virtproxy_lab::{Guest, GuestFile, GuestOptions, Lab, VsockDevice};
 use virtproxy_tests::scene::{Daemon, SOON, wait_for, wait_works};
 
 use super::{PEER, Running};
@@ -15,6 +15,7 @@ pub(super) struct Up {
     // Fields are dropped in this order: QEMU cannot live without a device that is another process.
     guest: Guest,
     programs: Vec<Daemon>,
+    device: Option<VsockDevice>,
     title: String,
     address: String,
     guest_programs: &'static [&'static str],
@@ -27,6 +28,7 @@ impl Up {
         Up {
             guest,
             programs: Vec::new(),
+            device: None,
             title,
             address,
             guest_programs: &[],
@@ -40,15 +42,21 @@ impl Up {
         self
     }
 
+    /// The device that is a program of this host, and moves its bytes too.
+    pub(super) fn device(mut self, device: VsockDevice) -> Self {
+        self.device = Some(device);
+        self
+    }
+
     /// The names of the programs of the guest that move its bytes.
     pub(super) fn guest_programs(mut self, names: &'static [&'static str]) -> Self {
         self.guest_programs = names;
         self
     }
 
-    /// It can have one conversation at a time.
-    pub(super) fn one_connection(mut self) -> Self {
-        self.most_connections = Some((1, "a bare relay joins one port to one socket"));
+    /// It can have so many connections at once and, for that reason, no more.
+    pub(super) fn most_connections(mut self, most: usize, why: &'static str) -> Self {
+        self.most_connections = Some((most, why));
         self
     }
 
@@ -56,8 +64,9 @@ impl Up {
     pub(super) fn works(self) -> Result<Box<dyn Running>> {
         wait_works(&self.address, 2 * SOON).with_context(|| {
             let mut said = String::new();
-            for program in &self.programs {
-                let _ = writeln!(said, "{}", program.log());
+            let logs = self.programs.iter().map(Daemon::log);
+            for log in logs.chain(self.device.as_ref().map(VsockDevice::log)) {
+                let _ = writeln!(said, "{log}");
             }
             let there = self.guest.check("tail -n 20 /tmp/*.log");
             format!(
@@ -84,7 +93,10 @@ impl Running for Up {
     }
 
     fn processes(&self) -> Vec<u32> {
-        self.programs.iter().map(Daemon::pid).collect()
+        let programs = self.programs.iter().map(Daemon::pid);
+        programs
+            .chain(self.device.as_ref().map(VsockDevice::pid))
+            .collect()
     }
 
     fn guest_processes(&self) -> String {

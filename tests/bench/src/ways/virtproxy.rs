@@ -4,13 +4,16 @@ use std::path::Path;
 
 use anyhow::Result;
 use virtproxy_lab::{DeviceOptions, Guest, GuestOptions, vhost_user_console, virtserialport};
-use virtproxy_tests::scene::new_address;
+use virtproxy_tests::scene::{Daemon, new_address};
 
 use super::up::{self, Up};
 use super::{Running, Way};
 use crate::results::Kind;
 
 const PORT: &str = "org.virtproxy.0";
+
+/// The service that is measured, as virtproxy names it, and where it is in the guest.
+const PEER: (&str, &str) = ("peer", "127.0.0.1:7000");
 
 /// The host's end is the device.
 pub(super) struct VhostUser;
@@ -25,12 +28,8 @@ impl Way for VhostUser {
     }
 
     fn start(&self, folder: &Path) -> Result<Box<dyn Running>> {
-        let (socket, address) = (folder.join("device"), new_address());
-        let channel = format!("vhost-user:{}:-", socket.display());
-        let daemon = start_daemon(folder, &channel, &address)?;
-        up::wait_listens(&socket, &daemon)?;
-        let device = vhost_user_console(&socket, &DeviceOptions::default());
-        let guest = boot(device)?;
+        let address = new_address();
+        let (daemon, guest) = start_vhost_user(folder, PEER, &address)?;
         up(guest, "vhost-user", address).program(daemon).works()
     }
 }
@@ -49,31 +48,43 @@ impl Way for OverChardev {
 
     fn start(&self, folder: &Path) -> Result<Box<dyn Running>> {
         let (socket, address) = (folder.join("port"), new_address());
-        let guest = boot(virtserialport(&socket, PORT))?;
+        let guest = boot(virtserialport(&socket, PORT), PEER)?;
         let channel = format!("unix-connect:{}:-", socket.display());
-        let daemon = start_daemon(folder, &channel, &address)?;
+        let daemon = start_daemon(folder, &channel, PEER, &address)?;
         up(guest, "virtserialport", address).program(daemon).works()
     }
+}
+
+/// A guest whose `service` (a name, and where it is in the guest) is reached at `address`.
+pub(super) fn start_vhost_user(
+    folder: &Path,
+    service: (&str, &str),
+    address: &str,
+) -> Result<(Daemon, Guest)> {
+    let socket = folder.join("device");
+    let channel = format!("vhost-user:{}:-", socket.display());
+    let daemon = start_daemon(folder, &channel, service, address)?;
+    up::wait_listens(&socket, &daemon)?;
+    let device = vhost_user_console(&socket, &DeviceOptions::default());
+    Ok((daemon, boot(device, service)?))
 }
 
 fn start_daemon(
     folder: &Path,
     channel: &str,
+    (service, _): (&str, &str),
     address: &str,
-) -> Result<virtproxy_tests::scene::Daemon> {
-    up::own(
-        folder,
-        "virtproxy",
-        &["-c", channel, "-o", &format!("peer:{address}")],
-    )
+) -> Result<Daemon> {
+    let service = format!("{service}:{address}");
+    up::own(folder, "virtproxy", &["-c", channel, "-o", &service])
 }
 
-fn boot(device: Vec<String>) -> Result<Guest> {
+fn boot(device: Vec<String>, (service, target): (&str, &str)) -> Result<Guest> {
     let agent = virtproxy_lab::program("virtproxy-agent")?;
     let guest = up::boot(GuestOptions::default().device(device).agent(&agent))?;
     up::start_in(
         &guest,
-        &format!("virtproxy-agent -c virtserial-open:{PORT}:- -i peer:127.0.0.1:7000"),
+        &format!("virtproxy-agent -c virtserial-open:{PORT}:- -i {service}:{target}"),
     )?;
     Ok(guest)
 }
