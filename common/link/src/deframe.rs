@@ -60,6 +60,7 @@ fn unstuff(bytes: &mut Vec<u8>) -> Option<()> {
 
 /// Finds frames in what arrives.
 #[derive(Default)]
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 pub struct Deframer {
     /// What came since the last delimiter, as far as it may be a frame.
     partial: Vec<u8>,

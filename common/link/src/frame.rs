@@ -121,6 +121,14 @@ pub(crate) struct Data<'b> {
 #[derive(Clone)]
 pub(crate) struct Seal(Digest<'static, u32, Table<16>>);
 
+/// For the model checker.
+#[cfg(feature = "sim")]
+impl core::hash::Hash for Seal {
+    fn hash<H: core::hash::Hasher>(&self, state: &mut H) {
+        self.0.clone().finalize().hash(state);
+    }
+}
+
 impl Seal {
     pub(crate) fn new(sender: u64, receiver: u64) -> Self {
         let mut digest = CRC.digest();

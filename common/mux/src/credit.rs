@@ -5,6 +5,7 @@ pub const MAX_CREDIT: u32 = i32::MAX as u32;
 
 /// Bytes that may still be sent; every change is checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub struct Credit(u32);
 
 /// Credit was overdrawn or grew past [`MAX_CREDIT`].

@@ -64,6 +64,7 @@ pub mod kind {
 
 /// A frame header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub struct Header {
     /// Frame type, one of [`kind`].
     pub kind: u8,

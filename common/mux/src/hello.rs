@@ -36,6 +36,7 @@ const CRC: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISCSI);
 
 /// What one side says of itself when a session starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub struct Hello {
     /// The lowest protocol version it speaks.
     pub min_version: u8,

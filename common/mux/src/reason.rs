@@ -71,6 +71,7 @@ impl fmt::Display for Reason {
 
 /// Why a session ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub enum End {
     /// The other end started anew on the same channel.
     PeerRestarted,
@@ -97,6 +98,7 @@ impl fmt::Display for End {
 
 /// What the other end did that no correct end does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub enum Violation {
     /// A frame type below 0x80 that this version does not know.
     UnknownFrame(u8),

@@ -14,6 +14,7 @@ use crate::table::{Streams, line_up};
 const CRUMB: i32 = 16;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 enum Queue {
     #[default]
     None,
@@ -23,12 +24,14 @@ enum Queue {
 
 /// A stream's place in the schedule.
 #[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub(crate) struct Place {
     queue: Queue,
     /// Bytes left in its turn; below 0 when the last frame went over.
     deficit: i32,
 }
 
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 pub(crate) struct Schedule {
     /// Bytes a stream may send in one turn.
     turn: i32,

@@ -22,6 +22,7 @@ pub(crate) const fn mix(n: u64) -> u64 {
 
 /// The seals of one direction of a session, in order.
 #[derive(Clone, Debug)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub struct Seals(u64);
 
 impl Seals {

@@ -112,6 +112,7 @@ impl fmt::Display for StreamId {
 
 /// Where a stream is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub(crate) enum Phase {
     /// Opened here, not answered yet.
     Opening,
@@ -125,6 +126,7 @@ pub(crate) enum Phase {
 
 /// One direction of an open stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub(crate) enum Half {
     Open,
     Ended,
@@ -132,6 +134,7 @@ pub(crate) enum Half {
 
 /// Frames a stream owes, at most one of each.
 #[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub(crate) struct Owed {
     pub(crate) open: bool,
     pub(crate) accept: bool,
@@ -150,6 +153,7 @@ impl Owed {
 
 /// What the receiver of a stream has granted and what became of it.
 #[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub(crate) struct Receive {
     /// Bytes the peer may still send.
     pub(crate) granted: Credit,
@@ -165,6 +169,7 @@ pub(crate) struct Receive {
     pub(crate) since: u64,
 }
 
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 pub(crate) struct Stream {
     pub(crate) id: StreamId,
     pub(crate) phase: Phase,
@@ -183,6 +188,7 @@ pub(crate) struct Stream {
 }
 
 /// Payload of a frame that is still to be sent.
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 pub(crate) enum Note {
     Service(Box<[u8]>),
     Why(Reason, Box<str>),

@@ -8,6 +8,7 @@ use crate::stream::{Address, GENERATIONS, Stream, StreamId};
 
 /// All live streams of a session.
 #[derive(Default)]
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 pub(crate) struct Streams {
     mine: Table,
     theirs: Table,
@@ -17,6 +18,7 @@ pub(crate) struct Streams {
 
 /// Streams that one side opened.
 #[derive(Default)]
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 struct Table {
     slots: Vec<Option<Box<Stream>>>,
     live: usize,
@@ -24,6 +26,7 @@ struct Table {
 
 /// Hands out addresses for streams opened here; a slot comes back with its next generation, oldest first.
 #[derive(Default)]
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 struct Addresses {
     free: VecDeque<Address>,
     used: u32,

@@ -54,6 +54,7 @@ const NOISE_PAUSE: Time = 1_000_000;
 
 /// What an end knows of itself.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub struct Config {
     /// Names this incarnation: random, not 0.
     pub id: u64,
@@ -63,6 +64,7 @@ pub struct Config {
 
 /// Why an endpoint is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub enum End {
     /// The other end is another incarnation now.
     PeerRestarted,
@@ -74,6 +76,7 @@ pub enum End {
 
 /// What makes no sense.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub enum Violation {
     /// A frame from beyond the window.
     Ahead,
@@ -119,6 +122,7 @@ pub struct Stats {
 }
 
 /// The two directions, once both ends have heard each other.
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 struct Joint {
     peer: u64,
     outbound: Seal,
@@ -128,6 +132,7 @@ struct Joint {
 }
 
 /// See the [module](self).
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 pub struct Endpoint {
     config: Config,
     deframer: Deframer,

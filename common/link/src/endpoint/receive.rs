@@ -16,12 +16,14 @@ const DELAY: Time = 20_000;
 
 /// What is owed to the sender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 enum Owed {
     Nothing,
     At(Time),
     Now,
 }
 
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 pub(super) struct Receiver {
     /// The first frame that has not arrived.
     next: u8,

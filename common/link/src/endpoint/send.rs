@@ -39,6 +39,7 @@ const MAX_LOSSES: u16 = 200;
 const MAX_UNSEEN: u8 = 100;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 enum Fate {
     OnItsWay,
     Lost,
@@ -46,6 +47,7 @@ enum Fate {
 }
 
 /// A frame that was cut.
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 struct Frame {
     payload: Vec<u8>,
     /// Of its last transmission.
@@ -67,6 +69,7 @@ impl Frame {
     }
 }
 
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 pub(super) struct Sender {
     /// The first frame of `frames`.
     base: u8,

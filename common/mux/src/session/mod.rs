@@ -78,6 +78,7 @@ pub const DEFAULT_TURN: u32 = 64 * 1024;
 
 /// What one side allows and asks for.
 #[derive(Clone, Debug)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub struct Config {
     /// Streams the peer may have open at once, and we ourselves.
     pub max_streams: u32,
@@ -121,6 +122,7 @@ impl Default for Config {
 
 /// What happened, for the driver to act on.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 pub enum Event {
     /// The handshake is done; streams may be opened.
     Established(Hello),
@@ -227,6 +229,7 @@ pub struct Stats {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 enum State {
     /// No handshake yet.
     Seeking,
@@ -238,6 +241,7 @@ enum State {
 
 /// What the next input bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "sim", derive(Hash))]
 enum Expect {
     /// A header, a control frame, or anything while seeking.
     Frame,
@@ -251,6 +255,7 @@ enum Expect {
 
 /// Frames the session itself owes.
 #[derive(Default)]
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 struct Owed {
     /// A HELLO with this `ack`.
     hello: Option<u64>,
@@ -264,12 +269,14 @@ struct Owed {
 }
 
 /// The seals of a session's two directions.
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 struct Sealing {
     sending: Seals,
     receiving: Seals,
 }
 
 /// See the [module](self).
+#[cfg_attr(feature = "sim", derive(Clone, Hash))]
 pub struct Session {
     config: Config,
     epoch: u64,
