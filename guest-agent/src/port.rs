@@ -115,7 +115,9 @@ impl PortChannel {
             self.has_opened(&node);
             return Ok(Box::new(line));
         }
-        let mut link = FdLink::new(port).map_err(|error| Obstacle::from_watch(&node, &error))?;
+        let mut link = FdLink::new(port)
+            .map_err(|error| Obstacle::from_watch(&node, &error))?
+            .with_long_frames();
         self.has_opened(&node);
         self.wait_for_host(&mut link, &node).await?;
         self.opened = Some(Instant::now());

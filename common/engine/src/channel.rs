@@ -59,6 +59,9 @@ pub struct Needs {
     /// Bytes that must be allowed to be on their way to us for the channel to be kept busy, if the session's own measure
     /// is less.
     pub window: u32,
+    /// Bytes that a frame for us may have, if the session's own measure is less: where the other end can read so much at
+    /// a time, fewer frames are cheaper.
+    pub frame: u32,
 }
 
 impl Default for Needs {
@@ -68,6 +71,7 @@ impl Default for Needs {
             seal: false,
             turn: virtproxy_mux::DEFAULT_TURN,
             window: 0,
+            frame: 0,
         }
     }
 }

@@ -63,6 +63,9 @@ pub const PAGE: usize = 4096;
 /// some to spare. Far more gained nothing with a ring of 1024 buffers.
 pub const PAGES: usize = 72;
 
+/// Bytes of payload in a long frame: 64 pages with its header.
+const LONG_FRAME: u32 = 64 * 4096 - 8;
+
 /// Segments in one receive, at least.
 const FEWEST_PAGES: usize = 4;
 
@@ -125,6 +128,13 @@ impl FdLink {
     #[must_use]
     pub fn sealed(mut self) -> Self {
         self.needs.seal = true;
+        self
+    }
+
+    /// The same link, over which the other end may send long frames: what one receive takes.
+    #[must_use]
+    pub fn with_long_frames(mut self) -> Self {
+        self.needs.frame = LONG_FRAME;
         self
     }
 

@@ -2,7 +2,8 @@
 //!
 //! The scheme is fq_codel's (RFC 8290, section 4.2) without the dropping: a stream that has just got something to send
 //! waits in `fresh` and goes before all others until it has used up one turn or run dry; then it takes its turn
-//! in `bulk`, and leaves only when it is found dry there, so that running dry for an instant gains nothing.
+//! in `bulk`, and leaves only when it is found dry there, so that running dry for an instant gains nothing. A stream that is
+//! alone in line is not held to its turn: nobody waits, and few large frames are cheaper than many.
 
 use alloc::collections::VecDeque;
 
@@ -27,7 +28,7 @@ enum Queue {
 #[cfg_attr(feature = "sim", derive(Hash))]
 pub(crate) struct Place {
     queue: Queue,
-    /// Bytes left in its turn; below 0 when the last frame went over.
+    /// Bytes left in its turn; at least minus a turn, when the last frame went over.
     deficit: i32,
 }
 
@@ -68,6 +69,7 @@ impl Schedule {
     /// The stream whose turn it is, and how many bytes it may send in it.
     pub(crate) fn next(&mut self, streams: &mut Streams) -> Option<(StreamId, u32)> {
         loop {
+            let alone = self.fresh.len() + self.bulk.len() == 1;
             let from_fresh = !self.fresh.is_empty();
             let line = if from_fresh {
                 &mut self.fresh
@@ -85,7 +87,8 @@ impl Schedule {
                 place.deficit = place.deficit.min(0);
             }
             if let (true, Ok(left @ 1..)) = (sendable, u32::try_from(place.deficit)) {
-                return Some((id, left.min(stream.send.bytes())));
+                let most = if alone { u32::MAX } else { left };
+                return Some((id, most.min(stream.send.bytes())));
             }
             line.pop_front();
             if sendable || from_fresh {
@@ -107,8 +110,10 @@ impl Schedule {
     }
 
     /// Counts `bytes` that the stream sent against its turn.
-    pub(crate) fn spent(stream: &mut Stream, bytes: u32) {
+    pub(crate) fn spent(&self, stream: &mut Stream, bytes: u32) {
         let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
-        stream.queue.deficit = stream.queue.deficit.saturating_sub(bytes);
+        let left = stream.queue.deficit.saturating_sub(bytes);
+        // What it sent while nobody waited is not held against it.
+        stream.queue.deficit = left.max(-self.turn);
     }
 }

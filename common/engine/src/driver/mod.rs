@@ -523,13 +523,19 @@ impl Driver {
 
     /// Begins a session that has yet to shake hands, over the present link.
     fn new_session(&mut self) -> io::Result<()> {
-        let Needs { seal, turn, window } = self.needs;
+        let Needs {
+            seal,
+            turn,
+            window,
+            frame,
+        } = self.needs;
         let usual = &self.settings.session;
         let config = Config {
             seal,
             turn,
             max_window: usual.max_window.max(window),
             session_window: usual.session_window.max(window),
+            max_frame: usual.max_frame.max(frame),
             ..usual.clone()
         };
         self.session = Session::new(config, new_epoch()?);

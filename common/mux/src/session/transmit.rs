@@ -83,7 +83,7 @@ impl Session {
         // It can only lose its right to send, which the schedule sees by itself.
         if let Some(stream) = self.streams.get_mut(id) {
             stream.send.spend(len).expect("within the stream's credit");
-            Schedule::spent(stream, len);
+            self.schedule.spent(stream, len);
         }
         let header = Header {
             kind: kind::DATA,
