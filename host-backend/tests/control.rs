@@ -54,6 +54,26 @@ fn each_port_gets_its_name_before_it_is_opened() {
 }
 
 #[test]
+fn a_driver_that_says_ready_again_begins_anew() {
+    let (_handle, mut port, mut guest, mut host) = connected(Setup::default());
+    for _ in 0..10 {
+        guest.write_all(0, b"before");
+        guest.ports[0] = Default::default();
+        guest.heard.clear();
+        guest.control(u32::MAX, DEVICE_READY, 1);
+        assert!(host.receive_to_end().is_empty(), "no byte counts any more");
+        drop(host);
+        guest.wait_host_connected(0, true);
+        let order: Vec<u16> = guest.heard.iter().map(|message| message.event).collect();
+        assert_eq!(order, [DEVICE_ADD, PORT_NAME, PORT_OPEN]);
+        guest.open(0);
+        host = Host::open(&mut port);
+        guest.write_all(0, b"after");
+        assert_eq!(host.receive(5), b"after");
+    }
+}
+
+#[test]
 fn a_driver_that_never_says_ready_is_told_nothing() {
     let path = socket_path();
     let (_handle, mut port) = device(&path);
