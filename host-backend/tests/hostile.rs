@@ -2,25 +2,15 @@
 
 mod frontend;
 
-use std::thread;
 use std::time::{Duration, Instant};
 
-use frontend::guest::{DEVICE_READY, PORT_NAME, PORT_OPEN, PORT_READY};
 use frontend::ring::{INDIRECT, NEXT, WRITE};
-use frontend::{Guest, Host, NAME, Setup, connected, device, socket_path};
+use frontend::{Guest, Host, Setup, assert_alive, connected};
 use virtproxy_engine::channel::Progress;
 use vm_memory::{Bytes, GuestAddress};
 
 const OUT: usize = 1;
 const FAR: u64 = 1 << 40;
-
-/// Both ways still work.
-fn assert_alive(guest: &mut Guest, host: &mut Host) {
-    guest.write_all(0, b"alive");
-    assert_eq!(host.receive(5), b"alive");
-    host.send(b"and well");
-    assert_eq!(guest.read(0, 8), b"and well");
-}
 
 /// Writes the descriptors of a chain with this head.
 type Make<'f> = &'f dyn Fn(&Guest, u16);
@@ -192,105 +182,6 @@ fn a_guest_that_takes_back_what_it_wrote_ends_its_session() {
 }
 
 #[test]
-fn control_messages_that_make_no_sense_are_taken_and_ignored() {
-    let (_handle, _port, mut guest, mut host) = connected(Setup::default());
-    for len in [1, 2, 7] {
-        guest.control_raw(&vec![0xff; len]);
-    }
-    guest.control_raw(&[0xff; 4096]);
-    for event in [1, 2, 4, 5, 7, 8, 99, u16::MAX] {
-        guest.control(0, event, 1);
-    }
-    for id in [1, 2, 1000, u32::MAX] {
-        for event in [PORT_READY, PORT_OPEN] {
-            guest.control(id, event, 1);
-        }
-    }
-    assert_alive(&mut guest, &mut host);
-}
-
-#[test]
-fn control_chains_that_are_malformed_are_given_back() {
-    let (_handle, _port, mut guest, mut host) = connected(Setup::default());
-    let ring = &mut guest.rings[3];
-    let table = ring.descriptors_at();
-    for (addr, len, flags) in [(FAR, 8, 0), (0x80_0000, 8, WRITE), (0x80_0000, 0, 0)] {
-        let head = ring.take_head().unwrap();
-        ring.write_descriptor(table, head, (addr, len), flags, 0);
-        ring.publish(head);
-        ring.notify();
-        let end = Instant::now() + Duration::from_secs(5);
-        while ring.pop().is_none() {
-            assert!(Instant::now() < end, "not given back");
-        }
-    }
-    assert_alive(&mut guest, &mut host);
-}
-
-#[test]
-fn a_guest_that_asks_without_end_and_never_listens_is_owed_little() {
-    let path = socket_path();
-    let (_handle, mut port) = device(&path);
-    let mut guest = Guest::connect(&path, Setup::default());
-    guest.start(&[0; 4]);
-    for _ in 0..10_000 {
-        guest.control(0, DEVICE_READY, 1);
-        guest.control(0, PORT_READY, 1);
-    }
-    // Now it gives one buffer after the other: name and open, and nothing more.
-    guest.fill(2);
-    guest.wait_host_connected(0, true);
-    thread::sleep(Duration::from_millis(50));
-    guest.handle_control();
-    let heard: Vec<u16> = guest.heard.iter().map(|message| message.event).collect();
-    assert_eq!(heard, [PORT_NAME, PORT_OPEN]);
-    assert_eq!(guest.ports[0].name.as_deref(), Some(NAME.as_bytes()));
-    guest.fill(0);
-    guest.open(0);
-    assert_alive(&mut guest, &mut Host::open(&mut port));
-}
-
-#[test]
-fn control_buffers_too_small_for_the_message_are_passed_over() {
-    let path = socket_path();
-    let (_handle, _port) = device(&path);
-    let mut guest = Guest::connect(&path, Setup::default());
-    guest.start(&[0; 4]);
-    for len in [1, 7, 8, 9] {
-        let buffer = guest.buffer(2, 0);
-        guest.rings[2].add(&[(buffer, len)], true).unwrap();
-    }
-    guest.rings[2].notify();
-    guest.control(0, DEVICE_READY, 1);
-    guest.control(0, PORT_READY, 1);
-    for want in [0, 0, 8] {
-        guest.rings[2].wait_used();
-        assert_eq!(guest.rings[2].pop().unwrap().1, want);
-    }
-    guest.fill(2);
-    guest.rings[2].wait_used();
-    assert_eq!(
-        guest.rings[2].pop().unwrap().1,
-        0,
-        "9 bytes are too few for the name"
-    );
-    guest.wait_host_connected(0, true);
-}
-
-#[test]
-fn openings_without_end_are_bounded() {
-    let (_handle, mut port, mut guest, host) = connected(Setup::default());
-    drop(host);
-    for _ in 0..2000 {
-        guest.control(0, PORT_OPEN, 1);
-    }
-    guest.control(0, PORT_OPEN, 0);
-    guest.wait_host_connected(0, true);
-    guest.control(0, PORT_OPEN, 1);
-    assert_alive(&mut guest, &mut Host::open(&mut port));
-}
-
-#[test]
 fn a_guest_that_fills_its_ring_is_just_full() {
     let (_handle, _port, mut guest, mut host) = connected(Setup::default());
     let mut written = 0;
@@ -302,45 +193,4 @@ fn a_guest_that_fills_its_ring_is_just_full() {
     }
     assert!(host.receive(written).iter().all(|byte| *byte == 9));
     assert_alive(&mut guest, &mut host);
-}
-
-#[test]
-fn the_configuration_is_always_as_long_as_asked() {
-    let path = socket_path();
-    let (_handle, _port) = device(&path);
-    let mut guest = Guest::connect(&path, Setup::default());
-    let whole = guest.config(0, 12);
-    assert_eq!(whole, [80, 0, 25, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
-    assert_eq!(guest.config(4, 4), [1, 0, 0, 0]);
-    assert_eq!(guest.config(0, 4), whole[..4]);
-    assert_eq!(guest.config(0, 256)[..12], whole);
-    assert_eq!(guest.config(0, 256)[12..], [0; 244]);
-    assert_eq!(guest.config(4095, 1), [0]);
-}
-
-#[test]
-fn exactly_these_features_are_offered() {
-    let path = socket_path();
-    let (_handle, _port) = device(&path);
-    let guest = Guest::connect(&path, Setup::default());
-    let expected = [0, 1, 28, 29, 30, 32]
-        .iter()
-        .fold(0, |bits, bit| bits | 1u64 << bit);
-    assert_eq!(guest.features, expected);
-}
-
-#[test]
-fn connections_that_say_nothing_or_nonsense_do_no_harm() {
-    use std::io::Write;
-    use std::os::unix::net::UnixStream;
-    let path = socket_path();
-    let (_handle, mut port) = device(&path);
-    for bytes in [&b""[..], b"GET / HTTP/1.0\r\n\r\n", &[0xff; 4096]] {
-        let mut stream = UnixStream::connect(&path).unwrap();
-        let _ = stream.write_all(bytes);
-    }
-    let mut guest = Guest::boot(&path, Setup::default());
-    guest.wait_host_connected(0, true);
-    guest.open(0);
-    assert_alive(&mut guest, &mut Host::open(&mut port));
 }

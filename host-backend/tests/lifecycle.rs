@@ -6,7 +6,7 @@ use std::io;
 use std::thread;
 use std::time::Duration;
 
-use frontend::guest::{PORT_OPEN, PORT_READY};
+use frontend::guest::PORT_OPEN;
 use frontend::{Guest, Host, Pattern, Setup, connected, device, socket_path};
 use virtproxy_engine::channel::Progress;
 use virtproxy_engine::unix_socket::ListenError;
@@ -92,6 +92,41 @@ fn nothing_goes_into_the_ring_of_a_closed_port() {
         guest_back.open(0);
         host = Host::open(&mut port);
         guest = guest_back;
+    }
+}
+
+#[test]
+fn a_close_in_mid_flood_leaves_each_session_its_own_bytes() {
+    let (_handle, mut port, mut guest, mut host) = connected(Setup::default());
+    let mut random = Pattern::new(30);
+    for round in 0..150 {
+        let mut expected = Pattern::new(100 + round);
+        let chunks = random.take(1)[0] % 64;
+        let flood = thread::spawn(move || {
+            let (mut pattern, mut written) = (Pattern::new(100 + round), 0);
+            for _ in 0..chunks {
+                match guest.write(0, &pattern.take(9999)) {
+                    0 => break,
+                    len => written += len,
+                }
+            }
+            guest.close(0);
+            (guest, written)
+        });
+        // Received under way, all of it after the end, or not at all.
+        let received = (round % 3 == 0).then(|| host.receive_to_end());
+        let (back, written) = flood.join().unwrap();
+        guest = back;
+        if round % 3 == 2 {
+            drop(host);
+        } else {
+            let bytes = received.unwrap_or_else(|| host.receive_to_end());
+            assert_eq!(bytes.len(), written);
+            expected.expect(&bytes);
+            drop(host);
+        }
+        guest.open(0);
+        host = Host::open(&mut port);
     }
 }
 
@@ -211,26 +246,12 @@ fn a_paused_machine_loses_nothing() {
     const TOTAL: usize = 3 << 20;
     let (_handle, _port, mut guest, mut host) = connected(Setup::default());
     let thread = thread::spawn(move || {
-        let (mut out, mut expected) = (Pattern::new(7), Pattern::new(8));
-        let (mut to_write, mut to_read, mut round) = (TOTAL, TOTAL, 0);
-        let mut chunk = Vec::new();
-        while to_write > 0 || to_read > 0 {
-            if chunk.is_empty() {
-                chunk = out.take(to_write.min(10_000));
-            }
-            let written = guest.write(0, &chunk);
-            chunk.drain(..written);
-            to_write -= written;
-            let read = guest.take(0, 10_000);
-            expected.expect(&read);
-            to_read -= read.len();
-            round += 1;
-            if round % 50 == 0 {
+        let out = (&mut Pattern::new(7), TOTAL);
+        guest.exchange(0, out, (&mut Pattern::new(8), TOTAL), |guest, turn| {
+            if turn % 50 == 49 {
                 guest.pause_and_resume(|_| thread::sleep(Duration::from_millis(2)));
-            } else if written == 0 && read.is_empty() && (to_read > 0 || to_write > 0) {
-                guest.wait(0, to_write > 0);
             }
-        }
+        });
         guest
     });
     host.exchange((&mut Pattern::new(8), TOTAL), (&mut Pattern::new(7), TOTAL));
@@ -317,13 +338,7 @@ fn a_hang_up_does_not_outlive_the_kernel_that_saw_it() {
 fn a_guest_that_wakes_from_suspension_begins_a_new_session() {
     let (_handle, mut port, mut guest, mut host) = connected(Setup::default());
     guest.write_all(0, b"lost");
-    guest.stop();
-    // `virtcons_restore`: new rings, no DEVICE_READY, and what was open is opened again.
-    guest.start_anew();
-    guest.fill(2);
-    guest.fill(Guest::ring_in(0));
-    guest.control(0, PORT_READY, 1);
-    guest.control(0, PORT_OPEN, 1);
+    guest.suspend_and_resume();
     assert!(host.receive_to_end().is_empty());
     drop(host);
     guest.wait_host_connected(0, true);

@@ -357,10 +357,9 @@ fn a_console_follows_its_terminal_and_takes_emergencies() {
     guest.wait_control("the console is announced", console(CONSOLE_PORT));
     guest.wait_control("its size is told", console(RESIZE));
     assert_eq!(guest.config(0, 4), [80, 0, 25, 0]);
-    // `init_port_console`. Nobody is there, and nothing may wait.
-    guest.open(1);
+    // Nobody is there, and nothing may wait.
     for _ in 0..1000 {
-        guest.write_all(1, &[b'.'; 4096]);
+        guest.put_chars(1, &[b'.'; 4096]);
     }
     let mut terminal = open_terminal(&program.terminal(CONSOLE));
     for (columns, rows) in [(132, 43), (100, 30)] {
@@ -391,7 +390,7 @@ fn a_console_follows_its_terminal_and_takes_emergencies() {
     assert_eq!(read_exact(&mut terminal, 6), b"panic!");
     // A terminal that is not read holds nothing up either.
     for _ in 0..1000 {
-        guest.write_all(1, &[b'.'; 4096]);
+        guest.put_chars(1, &[b'.'; 4096]);
     }
 }
 

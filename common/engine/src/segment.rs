@@ -57,7 +57,8 @@ impl<'a> Segment<'a> {
         self.len() == 0
     }
 
-    fn ptr(&self) -> *mut u8 {
+    /// Where it begins.
+    pub fn ptr(&self) -> *mut u8 {
         self.iov.iov_base.cast()
     }
 

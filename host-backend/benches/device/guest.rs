@@ -188,7 +188,7 @@ fn wait(guest: &mut Guest, orders: &Orders) {
     let mut fds = vec![orders.wake.as_raw_fd()];
     for ring in rings.into_iter().flatten() {
         let ring = &guest.rings[ring];
-        if ring.enable_interrupts() {
+        if ring.has_used() {
             return;
         }
         fds.push(ring.call.as_raw_fd());

@@ -33,9 +33,9 @@ const F_EMERG_WRITE: u32 = 2;
 const MAX_QUEUE_SIZE: usize = 1024;
 
 /// Queues 2 and 3 are the control queues, whatever the number of ports.
-const CONTROL: usize = 0;
+pub(super) const CONTROL: usize = 0;
 const CONTROL_QUEUES: u64 = 0b1100;
-const DATA: usize = 1;
+pub(super) const DATA: usize = 1;
 const THREADS: usize = 2;
 
 /// `struct virtio_console_config`: columns, rows, max_nr_ports, emerg_wr.
@@ -158,11 +158,11 @@ impl Backend {
     }
 
     /// The library keeps the events up to the number of queues for itself.
-    fn poke_event(&self) -> u16 {
+    pub(super) fn poke_event(&self) -> u16 {
         self.queue_count() + 1
     }
 
-    fn timer_event(&self) -> u16 {
+    pub(super) fn timer_event(&self) -> u16 {
         self.queue_count() + 2
     }
 
@@ -196,7 +196,8 @@ impl Backend {
         let _ = self.tell_attached.send(());
     }
 
-    fn event(&self, thread: usize, event: u16, vrings: &[Vring]) {
+    /// A worker thread's turn: a ring was kicked, or one of our own events came.
+    pub(super) fn event(&self, thread: usize, event: u16, vrings: &[Vring]) {
         self.attach(thread, vrings);
         let poked = event == self.poke_event();
         if event == self.timer_event() {

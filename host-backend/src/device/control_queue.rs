@@ -160,7 +160,7 @@ impl Listener<'_> {
             Ok(Some(Effect::Started)) => {
                 info!("guest driver started");
                 *self.most = 0;
-                self.ports.iter().for_each(Cell::restart);
+                self.ports.iter().for_each(Cell::driver_started);
             }
             Ok(Some(Effect::Opened(port))) => self.ports[port].guest_opened(),
             Ok(Some(Effect::Closed(port))) => self.ports[port].guest_closed(),

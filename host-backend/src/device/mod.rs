@@ -57,6 +57,8 @@ mod late;
 mod port;
 mod quiet;
 mod ring;
+#[cfg(feature = "rogue")]
+pub mod rogue;
 mod server;
 mod sessions;
 mod signal;
@@ -173,17 +175,8 @@ impl Device {
             }
         }
         let path = path.as_ref();
-        let cells = specs.iter().map(Cell::new);
-        let shared = Arc::new(Shared {
-            name: format!("vhost-user:{}", path.display()),
-            control: Mutex::new(Control::new(Machine::new(&specs, room))),
-            vacated: Condvar::new(),
-            ports: cells
-                .chain(std::iter::repeat_with(Cell::vacant))
-                .take(room)
-                .collect(),
-            poke: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
-        });
+        let name = format!("vhost-user:{}", path.display());
+        let shared = Arc::new(Shared::new(name, &specs, room)?);
         let server = Server::start(path, shared.clone())?;
         let ports = (0..specs.len())
             .map(|index| Port::new(&shared, index))
@@ -223,18 +216,7 @@ impl DeviceHandle {
     /// Gives the guest one more port.
     pub fn add(&self, spec: PortSpec) -> Result<Port, StartError> {
         check_name(&spec)?;
-        let mut control = self.shared.control();
-        if control.machine.has_name(&spec.name) {
-            return Err(StartError::Twice(spec.name));
-        }
-        let slot = control
-            .machine
-            .add(spec.clone())
-            .ok_or(StartError::Full { room: self.room() })?;
-        self.shared.ports[slot].occupy(&spec);
-        drop(control);
-        self.shared.poke();
-        Ok(Port::new(&self.shared, slot))
+        self.shared.add(&spec)
     }
 
     /// Takes a port from the guest. Its slot is free for another one when the guest has let go of it.
@@ -302,6 +284,35 @@ struct Shared {
 }
 
 impl Shared {
+    fn new(name: String, specs: &[PortSpec], room: usize) -> io::Result<Self> {
+        let cells = specs.iter().map(Cell::new);
+        Ok(Shared {
+            name,
+            control: Mutex::new(Control::new(Machine::new(specs, room))),
+            vacated: Condvar::new(),
+            ports: cells
+                .chain(std::iter::repeat_with(Cell::vacant))
+                .take(room)
+                .collect(),
+            poke: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+        })
+    }
+
+    /// Gives the guest one more port.
+    fn add(self: &Arc<Self>, spec: &PortSpec) -> Result<Port, StartError> {
+        let mut control = self.control();
+        if control.machine.has_name(&spec.name) {
+            return Err(StartError::Twice(spec.name.clone()));
+        }
+        let slot = control.machine.add(spec.clone()).ok_or(StartError::Full {
+            room: self.ports.len(),
+        })?;
+        self.ports[slot].occupy(spec);
+        drop(control);
+        self.poke();
+        Ok(Port::new(self, slot))
+    }
+
     fn control(&self) -> MutexGuard<'_, Control> {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -179,9 +179,19 @@ impl Cell {
         });
     }
 
-    /// The driver starts anew.
+    /// The rings are as before any driver came.
     pub(super) fn restart(&self) {
         self.change(State::restart);
+    }
+
+    /// A driver starts. One that has no new rings, but those of the driver before, does not speak for that one.
+    pub(super) fn driver_started(&self) {
+        self.change(|state| {
+            state.restart();
+            if let Some(rings) = &state.rings {
+                self.discard_up_to(rings, None);
+            }
+        });
     }
 
     /// The guest opened the port.
@@ -288,32 +298,43 @@ impl Cell {
         let (Some(standing), Some(rings)) = (standing, &state.rings) else {
             return false;
         };
-        let memory = rings.memory.memory();
-        let mut vring = rings.from_guest.get_mut();
-        if !goes || !is_running(&vring) {
+        if !goes {
             return false;
         }
+        let end = match standing {
+            Standing::Closed { end } => Some(end),
+            _ => None,
+        };
+        let Some(more) = self.discard_up_to(rings, end) else {
+            return false;
+        };
+        if end.is_some() {
+            // Should the ring be unusable, there is nothing to wait for either.
+            state.sessions.forget_abandoned();
+        }
+        more || end.is_some()
+    }
+
+    /// Discards what there is in the ring from the guest, up to a position or all of it. Whether more came meanwhile;
+    /// nothing if the ring does not run.
+    fn discard_up_to(&self, rings: &Rings, end: Option<u16>) -> Option<bool> {
+        let memory = rings.memory.memory();
+        let mut vring = rings.from_guest.get_mut();
+        if !is_running(&vring) {
+            return None;
+        }
         let result = Ring::new(&mut vring, &memory).and_then(|mut ring| {
-            let max = match standing {
-                Standing::Closed { end } => chains_left(ring.next(), end, ring.size()),
-                _ => ring.size(),
+            let max = match end {
+                Some(end) => chains_left(ring.next(), end, ring.size()),
+                None => ring.size(),
             };
             chains::discard(&mut ring, max)?;
             Ok(ring.arm(1))
         });
-        let closed = standing != Standing::Open;
-        drop(vring);
-        if closed {
-            // Should the ring be unusable, there is nothing to wait for either.
-            state.sessions.forget_abandoned();
-        }
-        match result {
-            Ok(more) => more || closed,
-            Err(fault) => {
-                self.report(Direction::FromGuest, &fault);
-                closed
-            }
-        }
+        Some(result.unwrap_or_else(|fault| {
+            self.report(Direction::FromGuest, &fault);
+            false
+        }))
     }
 }
 

@@ -1,5 +1,14 @@
 //! QEMU's generic vhost-user device and Linux's virtio_console in one: the order of requests of the first, the
 //! habits of the second (drivers/char/virtio_console.c).
+//!
+//! What the driver does, and so does [`Guest`], each named after the driver's function where it is done:
+//!
+//! * it leaves one page in each receive buffer, fills the ring with them, and gives each back, with a kick if one is
+//!   wanted, as soon as it was read to its end;
+//! * it writes at most 32 KiB at once, in one descriptor, and takes back what was used before it writes again;
+//! * it spins until a control message was taken, and so does a console with each of its writes;
+//! * it asks for the next interrupt whenever it takes a chain back, and not at all for control messages it sends;
+//! * it throws away what it finds in the ring of a port that is not open, for as long as it finds something.
 
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::path::Path;
@@ -14,6 +23,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::Pattern;
 use super::ring::{PATIENCE, Ring, RingSetup, wait_any};
 
 pub const DEVICE_READY: u16 = 0;
@@ -78,6 +88,15 @@ pub struct GuestPort {
     pub name: Option<Vec<u8>>,
     pub host_connected: bool,
     pub guest_connected: bool,
+    /// The buffer that a reader has read a part of: its head, where to go on, and its end.
+    inbuf: Option<(u16, u64, u64)>,
+}
+
+/// Memory beside the one that the guest started with.
+pub struct Dimm {
+    pub memory: GuestMemoryMmap,
+    pub region: VhostUserMemoryRegionInfo,
+    _file: std::fs::File,
 }
 
 pub struct Guest {
@@ -111,26 +130,15 @@ impl Guest {
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
 
         let buffers = (PAGE + MAX_WRITE) as u64 * u64::from(setup.size) * (room as u64 + 1);
-        let len = BUFFERS + buffers;
-        let file = memfd(len);
-        let range = (GuestAddress(0), usize::try_from(len).unwrap());
-        let offset = FileOffset::new(file.try_clone().unwrap(), 0);
-        let memory = GuestMemoryMmap::from_ranges_with_files([(range.0, range.1, Some(offset))]);
-        let memory = Arc::new(memory.unwrap());
-        let region = VhostUserMemoryRegionInfo {
-            guest_phys_addr: 0,
-            memory_size: len,
-            userspace_addr: QEMU_OFFSET,
-            mmap_offset: 0,
-            mmap_handle: file.as_raw_fd(),
-        };
+        let dimm = Dimm::new(0, BUFFERS + buffers);
+        let memory = Arc::new(dimm.memory);
         let ring_setup = RingSetup {
             size: setup.size,
             event_idx: setup.event_idx,
             indirect: setup.indirect,
         };
         let mut base = 0x1000;
-        let rings: Vec<Ring> = (0..queues)
+        let mut rings: Vec<Ring> = (0..queues)
             .map(|_| {
                 let ring = Ring::new(memory.clone(), base, ring_setup);
                 base += Ring::space(setup.size);
@@ -138,6 +146,7 @@ impl Guest {
             })
             .collect();
         assert!(base < BUFFERS);
+        rings[CONTROL_OUT].callback = false;
         for index in 0..queues {
             // Masked: nobody listens.
             frontend
@@ -159,8 +168,8 @@ impl Guest {
             setup,
             features,
             heard: Vec::new(),
-            region,
-            _file: file,
+            region: dimm.region,
+            _file: dimm._file,
         }
     }
 
@@ -168,6 +177,17 @@ impl Guest {
     pub fn boot(path: &Path, setup: Setup) -> Self {
         let mut guest = Self::connect(path, setup);
         guest.start(&vec![0; guest.rings.len()]);
+        guest.probe();
+        guest
+    }
+
+    /// The same, as if so many chains had gone through each ring before.
+    pub fn boot_at(path: &Path, setup: Setup, position: u16) -> Self {
+        let mut guest = Self::connect(path, setup);
+        for ring in &mut guest.rings {
+            ring.begin_at(position);
+        }
+        guest.start(&vec![position; guest.rings.len()]);
         guest.probe();
         guest
     }
@@ -183,34 +203,67 @@ impl Guest {
     pub fn start(&mut self, bases: &[u16]) {
         self.frontend.set_features(self.features).unwrap();
         self.frontend.set_mem_table(&[self.region]).unwrap();
-        for index in 0..self.rings.len() {
-            self.frontend.set_vring_enable(index, true).unwrap();
-        }
-        for (index, (ring, base)) in self.rings.iter().zip(bases).enumerate() {
-            let config = VringConfigData {
-                queue_max_size: 1024,
-                queue_size: self.setup.size,
-                flags: 0,
-                desc_table_addr: QEMU_OFFSET + ring.descriptors_at(),
-                used_ring_addr: QEMU_OFFSET + ring.used_at(),
-                avail_ring_addr: QEMU_OFFSET + ring.avail_at(),
-                log_addr: None,
-            };
-            self.frontend.set_vring_num(index, self.setup.size).unwrap();
-            self.frontend.set_vring_base(index, *base).unwrap();
-            self.frontend.set_vring_addr(index, &config).unwrap();
-            self.frontend.set_vring_kick(index, &ring.kick).unwrap();
+        self.enable(true);
+        for (index, base) in bases.iter().enumerate() {
+            self.start_ring(index, *base);
         }
         for (index, ring) in self.rings.iter().enumerate() {
             self.frontend.set_vring_call(index, &ring.call).unwrap();
         }
     }
 
+    /// SET_VRING_ENABLE for all rings.
+    pub fn enable(&mut self, on: bool) {
+        for index in 0..self.rings.len() {
+            self.frontend.set_vring_enable(index, on).unwrap();
+        }
+    }
+
+    /// `vhost_virtqueue_start`, but for the interrupts.
+    pub fn start_ring(&mut self, index: usize, base: u16) {
+        let ring = &self.rings[index];
+        let config = VringConfigData {
+            queue_max_size: 1024,
+            queue_size: self.setup.size,
+            flags: 0,
+            desc_table_addr: QEMU_OFFSET + ring.descriptors_at(),
+            used_ring_addr: QEMU_OFFSET + ring.used_at(),
+            avail_ring_addr: QEMU_OFFSET + ring.avail_at(),
+            log_addr: None,
+        };
+        self.frontend.set_vring_num(index, self.setup.size).unwrap();
+        self.frontend.set_vring_base(index, base).unwrap();
+        self.frontend.set_vring_addr(index, &config).unwrap();
+        self.frontend.set_vring_kick(index, &ring.kick).unwrap();
+    }
+
+    /// Where the memory ends that the guest started with.
+    pub fn memory_len(&self) -> u64 {
+        self.region.memory_size
+    }
+
+    /// More memory is plugged in.
+    pub fn plug(&mut self, at: u64, len: u64) -> Dimm {
+        let dimm = Dimm::new(at, len);
+        self.frontend.add_mem_region(&dimm.region).unwrap();
+        dimm
+    }
+
+    /// And out again.
+    pub fn unplug(&mut self, dimm: &Dimm) {
+        self.frontend.remove_mem_region(&dimm.region).unwrap();
+    }
+
+    /// The whole table of memory anew, as a frontend without slots sends it.
+    pub fn replace_memory(&mut self, dimms: &[&Dimm]) {
+        let mut table = vec![self.region];
+        table.extend(dimms.iter().map(|dimm| dimm.region));
+        self.frontend.set_mem_table(&table).unwrap();
+    }
+
     /// Stops all rings; returns where they stopped.
     pub fn stop(&mut self) -> Vec<u16> {
-        for index in 0..self.rings.len() {
-            self.frontend.set_vring_enable(index, false).unwrap();
-        }
+        self.enable(false);
         (0..self.rings.len())
             .map(|index| u16::try_from(self.frontend.get_vring_base(index).unwrap()).unwrap())
             .collect()
@@ -231,6 +284,27 @@ impl Guest {
             .for_each(|port| *port = GuestPort::default());
         self.heard.clear();
         self.start(&vec![0; self.rings.len()]);
+    }
+
+    /// `virtcons_freeze` and `virtcons_restore`: new rings and no DEVICE_READY; what was open is opened again.
+    pub fn suspend_and_resume(&mut self) {
+        self.stop();
+        self.rings.iter_mut().for_each(Ring::reset);
+        self.start(&vec![0; self.rings.len()]);
+        self.fill(CONTROL_IN);
+        for index in 0..self.ports.len() {
+            if !self.ports[index].added {
+                continue;
+            }
+            self.ports[index].host_connected = false;
+            self.ports[index].inbuf = None;
+            self.fill(Self::ring_in(index));
+            let id = u32::try_from(index).unwrap();
+            self.control(id, PORT_READY, 1);
+            if self.ports[index].guest_connected {
+                self.control(id, PORT_OPEN, 1);
+            }
+        }
     }
 
     /// `virtcons_probe`, and what follows until every port is known.
@@ -293,11 +367,7 @@ impl Guest {
         ring.add(&[(buffer, u32::try_from(message.len()).unwrap())], false)
             .unwrap();
         ring.notify();
-        let end = Instant::now() + PATIENCE;
-        while ring.pop().is_none() {
-            assert!(Instant::now() < end, "a control message was not taken");
-            std::thread::yield_now();
-        }
+        ring.spin("a control message was not taken");
     }
 
     /// Handles the control messages that have come.
@@ -321,6 +391,11 @@ impl Guest {
                     self.fill(Self::ring_in(index));
                     self.ports[index].added = true;
                     self.control(message.id, PORT_READY, 1);
+                }
+                // `init_port_console`: a console is opened by the driver itself.
+                CONSOLE_PORT if !self.ports[index].guest_connected => {
+                    self.ports[index].guest_connected = true;
+                    self.control(message.id, PORT_OPEN, 1);
                 }
                 PORT_NAME => self.ports[index].name = Some(message.rest),
                 // `unplug_port` says nothing to the device, and its buffers stay in the ring.
@@ -376,9 +451,23 @@ impl Guest {
         self.reclaim(port);
     }
 
-    /// Throws away what is in the receive ring; returns how many bytes that were.
+    /// `discard_port_data`: throws away what is in the receive ring; returns how many bytes that were.
     pub fn discard(&mut self, port: usize) -> usize {
-        self.take(port, usize::MAX).len()
+        let rest = self.ports[port].inbuf.take();
+        if let Some((head, _, _)) = rest {
+            self.give_back(port, head);
+        }
+        rest.map_or(0, |(_, at, end)| usize::try_from(end - at).unwrap())
+            + self.take(port, usize::MAX).len()
+    }
+
+    /// `in_intr`, if there was an interrupt: how many bytes came that nobody is there for.
+    pub fn interrupt(&mut self, port: usize) -> usize {
+        let raised = self.rings[Self::ring_in(port)].call.read().is_ok();
+        if raised && !self.ports[port].guest_connected {
+            return self.discard(port);
+        }
+        0
     }
 
     fn reclaim(&mut self, port: usize) {
@@ -427,7 +516,56 @@ impl Guest {
         }
     }
 
-    /// A non-blocking `readv`: what there is, up to about `max`.
+    /// `put_chars`, with which a console is written to: spins until the device has taken it.
+    pub fn put_chars(&mut self, port: usize, bytes: &[u8]) {
+        let ring = Self::ring_out(port);
+        self.reclaim(port);
+        let head = self.rings[ring].next_head().unwrap();
+        let buffer = self.buffer(ring, head);
+        self.memory
+            .write_slice(bytes, GuestAddress(buffer))
+            .unwrap();
+        let ring = &mut self.rings[ring];
+        ring.add(&[(buffer, u32::try_from(bytes.len()).unwrap())], false)
+            .unwrap();
+        ring.notify();
+        ring.spin("a console's characters were not taken");
+    }
+
+    /// A non-blocking `read` (`fill_readbuf`): at most `max` bytes, of one buffer; it goes back when it was read to its
+    /// end.
+    pub fn read_some(&mut self, port: usize, max: usize) -> Vec<u8> {
+        let ring = Self::ring_in(port);
+        if self.ports[port].inbuf.is_none()
+            && let Some((head, len)) = self.rings[ring].pop()
+        {
+            let at = self.buffer(ring, head);
+            self.ports[port].inbuf = Some((head, at, at + u64::from(len)));
+        }
+        let Some((head, at, end)) = self.ports[port].inbuf.take() else {
+            return Vec::new();
+        };
+        let len = (end - at).min(max as u64);
+        let mut bytes = vec![0; usize::try_from(len).unwrap()];
+        self.memory
+            .read_slice(&mut bytes, GuestAddress(at))
+            .unwrap();
+        match at + len == end {
+            true => self.give_back(port, head),
+            false => self.ports[port].inbuf = Some((head, at + len, end)),
+        }
+        bytes
+    }
+
+    /// `add_inbuf`.
+    fn give_back(&mut self, port: usize, head: u16) {
+        let ring = Self::ring_in(port);
+        let buffer = self.buffer(ring, head);
+        self.rings[ring].add(&[(buffer, PAGE_LEN)], true).unwrap();
+        self.rings[ring].notify();
+    }
+
+    /// A non-blocking `readv` of whole buffers: what there is, up to about `max`.
     pub fn take(&mut self, port: usize, max: usize) -> Vec<u8> {
         let ring = Self::ring_in(port);
         let mut bytes = Vec::new();
@@ -440,8 +578,7 @@ impl Guest {
             self.memory
                 .read_slice(&mut bytes[at..], GuestAddress(buffer))
                 .unwrap();
-            self.rings[ring].add(&[(buffer, PAGE_LEN)], true).unwrap();
-            self.rings[ring].notify();
+            self.give_back(port, head);
         }
         bytes
     }
@@ -458,6 +595,36 @@ impl Guest {
         }
         assert_eq!(bytes.len(), len, "too many bytes");
         bytes
+    }
+
+    /// Writes and reads so many bytes of the patterns at once. `turn` is called between the calls, with their number.
+    pub fn exchange(
+        &mut self,
+        port: usize,
+        out: (&mut Pattern, usize),
+        inn: (&mut Pattern, usize),
+        mut turn: impl FnMut(&mut Self, usize),
+    ) {
+        let (mut to_write, mut to_read) = (out.1, inn.1);
+        let mut chunk: Vec<u8> = Vec::new();
+        for number in 0.. {
+            if chunk.is_empty() {
+                chunk = out.0.take(to_write.min(MAX_WRITE - 7));
+            }
+            let written = self.write(port, &chunk);
+            chunk.drain(..written);
+            to_write -= written;
+            let read = self.take(port, 64 * 1024);
+            inn.0.expect(&read);
+            to_read = to_read.checked_sub(read.len()).expect("too many bytes");
+            if to_write == 0 && to_read == 0 {
+                return;
+            }
+            turn(self, number);
+            if written == 0 && read.is_empty() {
+                self.wait(port, to_write > 0);
+            }
+        }
     }
 
     /// Waits for an interrupt: something to read, or room to write again if that is wanted.
@@ -484,6 +651,31 @@ impl Guest {
             .get_config(offset, size, flags, &zeros)
             .unwrap()
             .1
+    }
+}
+
+impl Dimm {
+    fn new(at: u64, len: u64) -> Self {
+        let file = memfd(len);
+        let offset = FileOffset::new(file.try_clone().unwrap(), 0);
+        let range = (
+            GuestAddress(at),
+            usize::try_from(len).unwrap(),
+            Some(offset),
+        );
+        let memory = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: at,
+            memory_size: len,
+            userspace_addr: QEMU_OFFSET + at,
+            mmap_offset: 0,
+            mmap_handle: file.as_raw_fd(),
+        };
+        Dimm {
+            memory,
+            region,
+            _file: file,
+        }
     }
 }
 

@@ -136,8 +136,22 @@ impl Host {
 
     /// Sends and receives so many bytes of the patterns at once.
     pub fn exchange(&mut self, out: (&mut Pattern, usize), inn: (&mut Pattern, usize)) {
+        self.exchange_with(out, inn, |_| ());
+    }
+
+    /// The same. `turn` is called between the calls, with their number.
+    pub fn exchange_with(
+        &mut self,
+        out: (&mut Pattern, usize),
+        inn: (&mut Pattern, usize),
+        mut turn: impl FnMut(usize),
+    ) {
         let (mut to_send, mut to_receive) = (out.1, inn.1);
-        while to_send > 0 || to_receive > 0 {
+        for number in 0.. {
+            if to_send == 0 && to_receive == 0 {
+                return;
+            }
+            turn(number);
             let mut expect = |segments: &[Segment<'_>]| {
                 let mut bytes = Vec::new();
                 copy_out(segments, &mut bytes);

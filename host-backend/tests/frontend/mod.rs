@@ -39,6 +39,14 @@ pub fn connected(setup: Setup) -> (DeviceHandle, Port, Guest, Host) {
     (handle, port, guest, host)
 }
 
+/// Both ways still work.
+pub fn assert_alive(guest: &mut Guest, host: &mut Host) {
+    guest.write_all(0, b"alive");
+    assert_eq!(host.receive(5), b"alive");
+    host.send(b"and well");
+    assert_eq!(guest.read(0, 8), b"and well");
+}
+
 /// Shows the device's log with the output of a failed test; `RUST_LOG` says how much.
 pub fn log() {
     let filter = tracing_subscriber::EnvFilter::from_default_env();
@@ -72,8 +80,8 @@ impl Pattern {
         }
     }
 
-    pub fn fill(&mut self, bytes: &mut [u8]) {
-        for byte in bytes {
+    pub fn fill(&mut self, mut bytes: &mut [u8]) {
+        while !bytes.is_empty() {
             if self.at == 8 {
                 self.state ^= self.state << 13;
                 self.state ^= self.state >> 7;
@@ -81,8 +89,10 @@ impl Pattern {
                 self.word = self.state.to_le_bytes();
                 self.at = 0;
             }
-            *byte = self.word[self.at];
-            self.at += 1;
+            let (now, rest) = bytes.split_at_mut(bytes.len().min(8 - self.at));
+            now.copy_from_slice(&self.word[self.at..][..now.len()]);
+            self.at += now.len();
+            bytes = rest;
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -35,6 +35,8 @@ pub struct Ring {
     chains: Vec<Option<Vec<u16>>>,
     /// Heads are used in turn, and so all buffers that belong to them; else, as in Linux, the last one freed is the first.
     pub in_turn: bool,
+    /// Whether the driver has a callback for interrupts (all of virtio_console's queues but the control one to the device).
+    pub callback: bool,
     avail: u16,
     kicked: u16,
     used: u16,
@@ -55,6 +57,7 @@ impl Ring {
             free: VecDeque::new(),
             chains: Vec::new(),
             in_turn: false,
+            callback: true,
             avail: 0,
             kicked: 0,
             used: 0,
@@ -83,6 +86,17 @@ impl Ring {
         (self.avail, self.kicked, self.used) = (0, 0, 0);
         self.kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap();
         let _ = self.call.read();
+    }
+
+    /// As if so many chains (modulo 65,536) had come and gone.
+    pub fn begin_at(&mut self, position: u16) {
+        (self.avail, self.kicked, self.used) = (position, position, position);
+        self.set_avail_index(position);
+        let used = GuestAddress(self.used_at() + 2);
+        self.memory
+            .store(position.to_le(), used, Ordering::Release)
+            .unwrap();
+        self.expect_interrupt();
     }
 
     pub fn descriptors_at(&self) -> u64 {
@@ -117,6 +131,12 @@ impl Ring {
         let head = self.free.pop_front()?;
         self.chains[usize::from(head)] = Some(Vec::new());
         Some(head)
+    }
+
+    /// It is in no chain any more.
+    pub fn put_head(&mut self, head: u16) {
+        self.chains[usize::from(head)] = None;
+        self.free.push_front(head);
     }
 
     /// The head that the next chain will get.
@@ -237,7 +257,7 @@ impl Ring {
         let head = u16::try_from(u32::from_le_bytes(raw[..4].try_into().unwrap())).unwrap();
         let len = u32::from_le_bytes(raw[4..].try_into().unwrap());
         self.used = self.used.wrapping_add(1);
-        self.ask_for_interrupt();
+        self.expect_interrupt();
         let rest = self.chains[usize::from(head)]
             .take()
             .expect("the device used a chain it was not given");
@@ -252,12 +272,22 @@ impl Ring {
 
     /// Asks for an interrupt at the next chain; true if one is there already.
     pub fn enable_interrupts(&self) -> bool {
-        self.ask_for_interrupt();
+        self.expect_interrupt();
         self.has_used()
     }
 
-    fn ask_for_interrupt(&self) {
-        if self.setup.event_idx {
+    /// Takes chains back without an interrupt, as a driver does that cannot sleep.
+    pub fn spin(&mut self, complaint: &str) {
+        let end = Instant::now() + PATIENCE;
+        while self.pop().is_none() {
+            assert!(Instant::now() < end, "{complaint}");
+            std::thread::yield_now();
+        }
+    }
+
+    /// Asks for an interrupt at the next chain, as `virtqueue_get_buf` does each time.
+    fn expect_interrupt(&self) {
+        if self.setup.event_idx && self.callback {
             let at = GuestAddress(self.avail_at() + 4 + 2 * u64::from(self.setup.size));
             self.memory
                 .store(self.used.to_le(), at, Ordering::SeqCst)
@@ -285,7 +315,7 @@ impl Ring {
     }
 }
 
-/// Waits for an interrupt of one of the rings, and panics if there is none in time.
+/// Waits until the device has given chains back in one of the rings, as an interrupt says, and panics if there is none in time.
 pub fn wait_any(rings: &mut [&mut Ring]) {
     while !rings.iter().any(|ring| ring.enable_interrupts()) {
         wait_interrupted(rings);

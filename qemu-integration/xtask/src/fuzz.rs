@@ -1,9 +1,9 @@
 //! Builds and runs the fuzz targets with the stable compiler.
 //!
 //! cargo-fuzz wants a nightly compiler for its address sanitizer. Coverage feedback alone needs none: LLVM's pass for
-//! it can be named on the command line, and the fuzzed crates forbid unsafe code, so what is looked for are panics,
-//! overflows and broken invariants. The corpus stays in each crate's own folder (not in the repository) and grows from
-//! run to run.
+//! it can be named on the command line. The mux and the link forbid unsafe code, so what is looked for are panics,
+//! overflows and broken invariants; the device's target looks itself whether all that is used lies in the guest's memory.
+//! The corpus stays in each crate's own folder (not in the repository) and grows from run to run.
 
 use crate::steps::run as run_command;
 use crate::workspace;
@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use virtproxy_lab::spawn;
 
-const CRATES: &[&str] = &["common/mux/fuzz", "common/link/fuzz"];
+const CRATES: &[&str] = &["common/mux/fuzz", "common/link/fuzz", "host-backend/fuzz"];
 /// Named explicitly, so that build scripts and macros are built without instrumentation.
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 const FLAGS: &[&str] = &[

@@ -3,7 +3,6 @@
 use super::{Envelope, Session, State, Time, Transmit};
 use crate::frame::{HEADER_LEN, Header, MAX_CONTROL_FRAME, Writer, kind};
 use crate::reason::Reason;
-use crate::schedule::Schedule;
 use crate::seal::SEAL_LEN;
 use crate::stream::{Note, Phase, Stream, StreamId};
 
