@@ -23,7 +23,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use stateright::{Checker, Expectation, HasDiscoveries, Model, Property};
+use stateright::{Checker, Expectation, HasDiscoveries, Model, Path, Property};
 
 /// Nothing went wrong so far.
 pub const SOUND: &str = "nothing goes wrong";
@@ -50,8 +50,14 @@ pub trait Scene: Clone + Hash + Send + Sync + 'static {
 }
 
 /// A state as the search keeps it. Two are the same if they hash alike, which is what the search goes by too.
-#[derive(Clone, Hash)]
+#[derive(Clone)]
 pub struct Seen<S>(pub S);
+
+impl<S: Hash> Hash for Seen<S> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.hash(state);
+    }
+}
 
 impl<S: Hash> PartialEq for Seen<S> {
     fn eq(&self, other: &Self) -> bool {
@@ -257,7 +263,7 @@ pub fn search<W: World>(world: W) -> Result<Extent, Finding> {
         match (property.expectation, found) {
             (Expectation::Sometimes, None) => return Err(Finding::Unseen(property.name)),
             (Expectation::Always, Some(path)) => {
-                let way = way(checker.model(), path.into_vec());
+                let way = way(checker.model(), path);
                 return Err(Finding::Broken(property.name, way));
             }
             _ => {}
@@ -272,8 +278,9 @@ pub fn search<W: World>(world: W) -> Result<Extent, Finding> {
 }
 
 /// The way to a state in words, a line for each step, and what is the matter there.
-fn way<W: World>(search: &Search<W>, path: Vec<(Seen<W::Scene>, Option<W::Step>)>) -> String {
+fn way<W: World>(search: &Search<W>, path: Path<Seen<W::Scene>, W::Step>) -> String {
     let mut text = String::new();
+    let path = path.into_vec();
     for (at, (state, step)) in path.iter().enumerate() {
         let step = step.as_ref().map(|step| format!("{step:?}"));
         let step = step.unwrap_or_default();
