@@ -4,7 +4,8 @@
 //! (A B C A B C). At last come the measurements of ways that have just been started, one way after the other.
 //!
 //! Nothing that a way does or does not do keeps the others waiting for long: every measurement has a time limit, and a
-//! way that fails twice in a row in the same measurement is left out of the rest of it, and started anew before the next.
+//! way that fails twice in a row in the same measurement is left out of the rest of it. One that fails is ended at once,
+//! since what hangs may go on at the others' cost, and started anew before it is measured again.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -113,6 +114,8 @@ impl<'a> Contender<'a> {
     /// Why it cannot be measured so at all.
     fn cannot(&self, measurement: &Measurement) -> Option<String> {
         match &self.subject {
+            // It will be started anew.
+            Err(_) if self.failures > 0 => None,
             Err(reason) => Some(reason.clone()),
             Ok(subject) => match subject.running().most_connections() {
                 Some((most, why)) if most < measurement.connections => Some(why.to_owned()),
@@ -123,13 +126,16 @@ impl<'a> Contender<'a> {
 
     /// Measures it once.
     fn measure(&mut self, measurement: &Measurement) -> Result<Vec<f64>, String> {
-        let subject = self.subject.as_mut().map_err(|reason| reason.clone())?;
+        let Ok(subject) = &mut self.subject else {
+            self.failures += 1;
+            return Err(self.subject.as_ref().err().cloned().unwrap_or_default());
+        };
         let measured = (measurement.measure)(subject);
         match measured {
             Ok(_) => self.failures = 0,
             Err(_) => {
                 self.failures += 1;
-                subject.hang_up();
+                self.stop();
             }
         }
         measured.map_err(|error| first_line(&error))
@@ -181,7 +187,6 @@ impl Run<'_> {
         // The old one goes first: addresses and memory are free again.
         contender.stop();
         contender.starts += 1;
-        contender.failures = 0;
         let folder = self.folder.join(format!("{key}-{}", contender.starts));
         fs::create_dir(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         match contender.way.start(&folder) {
@@ -212,7 +217,7 @@ impl Run<'_> {
         contenders: &mut [Contender<'_>],
     ) -> Result<()> {
         for contender in &mut *contenders {
-            if contender.failures >= PATIENCE {
+            if contender.failures > 0 {
                 self.start(contender)?;
             }
             contender.failures = 0;
@@ -230,6 +235,10 @@ impl Run<'_> {
                 self.progress.pass(measurement.seconds);
                 if contender.cannot(measurement).is_some() || contender.failures >= PATIENCE {
                     continue;
+                }
+                if contender.failures > 0 {
+                    self.progress.say("\n");
+                    self.start(contender)?;
                 }
                 let key = contender.way.key();
                 self.progress.say(&format!("  {key}"));

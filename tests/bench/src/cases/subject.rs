@@ -1,7 +1,7 @@
 //! A way that is up, with the client's side of it.
 //!
 //! Connections stay open from one measurement to the next: the service asks for another request on each, and a bare relay
-//! has but one connection for all its life. When something goes wrong on one of them all are closed, since nobody knows
+//! has but one connection for all its life. When something goes wrong on one of them the way is ended, since nobody knows
 //! what is still on its way in them.
 
 use std::collections::BTreeMap;
@@ -52,13 +52,8 @@ impl Subject {
         &*self.running
     }
 
-    /// Closes all connections.
-    pub(crate) fn hang_up(&mut self) {
-        self.streams.clear();
-    }
-
-    /// `count` open connections, on which nothing is going on. An error in what they are used for must lead to
-    /// [`hang_up`](Self::hang_up).
+    /// `count` open connections, on which nothing is going on. After an error in what they are used for, this is
+    /// of no use any more.
     pub(super) fn streams(&mut self, count: usize) -> Result<&[TcpStream]> {
         while self.streams.len() < count {
             self.streams.push(connect(self.running.address(), NOTHING)?);
