@@ -135,22 +135,15 @@ fn a_sealed_handshake_survives_a_fault() {
     holds("sealed, handshake, a fault", bounds);
 }
 
-/// Where only one end asks for seals, one that does not learns of them from the other's HELLO; a session that follows on a damaged one
-/// has not heard it yet. If its own HELLO is lost, it does not say it again ([`Session::ping`](virtproxy_mux::Session::ping)), and the
-/// other end goes on asking for signs of life in a session that is no more.
-///
-/// This is a finding, not a wish: whoever mends it turns this into [`holds`].
+/// Where only one end asks for seals, the other one's next session has not heard of it yet: if its own HELLO is lost, it does not say it
+/// again, and it is the first end that must.
 #[test]
-fn known_gap_a_second_fault_swallows_the_hello_behind_the_first() {
+fn a_second_fault_may_swallow_the_hello_behind_the_first() {
     let bounds = Bounds {
         sealed: true,
         ..with(&[Stream::new(A, [1, 0])], Allowed { faults: 2, ..NONE })
     };
-    let found = search(Mux(bounds));
-    assert!(
-        matches!(found, Err(Finding::Broken(PROGRESS, _))),
-        "{found:?}"
-    );
+    holds("sealed, two faults", bounds);
 }
 
 #[test]

@@ -493,13 +493,19 @@ impl Session {
     /// Asks the peer for a sign of life. If it answers, [`Event::RoundTrip`] follows.
     ///
     /// Asked again while the answer is outstanding and a frame has not arrived whole, it does what [`Session::stalled`]
-    /// does. On a channel that may lose bytes, what was lost is sent again: the PING, or a HELLO while seeking. So a driver
+    /// does. On a channel that may lose bytes, what was lost is sent again: the PING and a HELLO, or a HELLO while seeking. So a driver
     /// calls this now and then as long as the peer is silent.
     pub fn ping(&mut self) {
         let outstanding = self.ping_sent.is_some();
         match self.state {
             State::Established if outstanding && self.is_mid_frame() => self.stalled(),
-            State::Established => self.owed.ping |= !outstanding || self.is_sealed(),
+            State::Established => {
+                self.owed.ping |= !outstanding || self.is_sealed();
+                if outstanding && self.is_sealed() {
+                    // The peer may have begun anew, and its HELLO got lost.
+                    self.owed.hello = self.peer().map(|peer| peer.epoch);
+                }
+            }
             State::Seeking if self.is_sealed() && self.owed.filler == 0 => {
                 self.owed.hello.get_or_insert(0);
             }
