@@ -34,7 +34,6 @@
 //!   peers (fuzzing), generations that start over, GOAWAY, and the session over the link layer: each is searched by itself,
 //!   and what the mux asks of its channel is what the link gives.
 //! * *Restarts of the link*: `an_end_restarts` finds nothing wrong in a minute, but does not come to an end, so it shows nothing yet.
-//! * *Sealed sessions with a second fault* are known to have a state without progress (`known_gap_...` in `tests/mux.rs`).
 //! * States are told apart by a hash of 64 bits: among a million states two are taken for one with a chance below
 //!   one in ten million.
 

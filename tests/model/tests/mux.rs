@@ -3,7 +3,7 @@
 //! `cargo test -p virtproxy-model -- --nocapture` prints how far each search goes; `--ignored figures` searches further.
 
 use virtproxy_model::mux::{Allowed, Bounds, Mux, Reads, Stream};
-use virtproxy_model::world::{Finding, PROGRESS, search};
+use virtproxy_model::world::search;
 use virtproxy_mux::sim::Side::{A, B};
 
 const NONE: Allowed = Allowed {
