@@ -38,6 +38,7 @@
 //! [`Session::reset`].
 //!
 //! *Commands* may be given at any time. On a stream that is already gone they do nothing: its end is in the events.
+//! The other way round, an event may tell of a stream that the driver has let go, when its last frame was still owed.
 //!
 //! Time is in microseconds from any fixed start and never goes back.
 
