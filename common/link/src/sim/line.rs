@@ -62,7 +62,7 @@ impl Build {
     };
 }
 
-/// See the [module](self).
+/// One direction of the line.
 pub struct Line {
     build: Build,
     pub(crate) faults: Faults,
