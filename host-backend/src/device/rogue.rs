@@ -183,6 +183,12 @@ pub fn run(bytes: &[u8]) {
     let Ok(ops) = Vec::<Op>::arbitrary_take_rest(Unstructured::new(bytes)) else {
         return;
     };
+    // Links have a timer, which wants a runtime. Nobody drives it, so that time stands still.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .expect("a runtime without I/O needs nothing of the system");
+    let _inside = runtime.enter();
     let mut world = World::new();
     for op in ops.into_iter().take(MOST_OPS) {
         world.apply(op);
