@@ -38,9 +38,8 @@ fn machine() -> Machine {
     let specs = [
         PortSpec::generic("org.example.0"),
         PortSpec {
-            name: String::new(),
             kind: console,
-            connected: true,
+            ..PortSpec::generic("")
         },
     ];
     let mut machine = Machine::new(&specs, 3);
