@@ -18,6 +18,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::thread;
+use std::time::Duration;
 
 use rustix::event::PollFlags;
 use tracing::{info, warn};
@@ -29,6 +31,9 @@ use super::wire::{Answer, Broken, Message, Wire};
 
 /// Connections of QEMUs that wait while one is served.
 const BACKLOG: i32 = 16;
+
+/// How long to wait when a connection cannot be accepted.
+const PAUSE: Duration = Duration::from_millis(50);
 
 pub(super) struct Device {
     path: PathBuf,
@@ -102,7 +107,7 @@ impl Device {
     pub(super) fn set_state(&mut self, state: Vec<u8>) -> Result<(), ListenError> {
         self.state = state;
         if self.socket.is_none() {
-            let (listener, file) = unix_socket::listen(&self.path, BACKLOG)?;
+            let (listener, file) = listen(&self.path)?;
             info!("waiting for QEMU on {}", self.path.display());
             self.socket = Some(Socket {
                 _file: file,
@@ -130,10 +135,11 @@ impl Device {
     /// Does what can be done now.
     pub(super) fn turn(&mut self) {
         if let (Frontend::Nobody, Some(socket)) = (&self.frontend, &self.socket) {
-            let accepted =
-                rustix::net::accept_with(&socket.listener, rustix::net::SocketFlags::CLOEXEC);
-            if let Ok(qemu) = accepted {
-                self.accepted(qemu);
+            match socket.listener.accept() {
+                Ok((qemu, _)) => self.accepted(qemu.into()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // For want of descriptors, as a rule. QEMU still knocks: this must not become a spin.
+                Err(_) => thread::sleep(PAUSE),
             }
         }
         if let Frontend::Served(connection) = &mut self.frontend
@@ -277,17 +283,17 @@ impl Door {
     /// Beside `path` for a moment, where we may make sockets.
     fn new(path: &Path) -> Result<Self, ListenError> {
         let name = PathBuf::from(format!("{}.{}", path.display(), std::process::id()));
-        let (listener, named) = unix_socket::listen(&name, BACKLOG)?;
+        // The user knows of the other path only.
+        let failed = |source| ListenError::System {
+            path: path.to_owned(),
+            source,
+        };
+        let (listener, named) = listen(&name).map_err(|error| failed(error.into()))?;
         let opened = File::options()
             .read(true)
             .custom_flags(libc::O_PATH | libc::O_CLOEXEC)
             .open(named.path());
-        let nonblocking = listener.set_nonblocking(true);
-        let failed = |source| ListenError::System {
-            path: name.clone(),
-            source,
-        };
-        nonblocking.map_err(failed)?;
+        drop(named);
         Ok(Door {
             listener,
             file: opened.map_err(failed)?,
@@ -299,8 +305,19 @@ impl Door {
         Ok(Wire::new(UnixStream::connect(path)?.into()))
     }
 
-    /// Forgets what a worker has not accepted.
+    /// Forgets what a worker has not accepted. (There is none, or it does not accept yet.)
     fn empty(&self) {
         while self.listener.accept().is_ok() {}
     }
+}
+
+/// A listener that nobody waits for.
+fn listen(path: &Path) -> Result<(UnixListener, SocketFile), ListenError> {
+    let (listener, file) = unix_socket::listen(path, BACKLOG)?;
+    let failed = |source| ListenError::System {
+        path: path.to_owned(),
+        source,
+    };
+    listener.set_nonblocking(true).map_err(failed)?;
+    Ok((listener, file))
 }

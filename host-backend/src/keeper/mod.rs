@@ -67,7 +67,7 @@ const PANICKED: i32 = 101;
 /// The pause before a worker is started again whose predecessor did not last: doubles each time.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 /// A worker that lasted this long starts the pauses anew.
-const STABLE: Duration = Duration::from_secs(1);
+const STABLE: Duration = Duration::from_millis(250);
 /// How long a new worker may take to say that it can begin, and the one before it to leave.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -172,6 +172,9 @@ impl Keeper {
             if let Some(code) = self.worker_ended(status) {
                 return Some(code);
             }
+        }
+        if let (Some(code), None) = (self.ending, &self.worker) {
+            return Some(code.unwrap_or(0));
         }
         let now = Instant::now();
         if self.deadline.is_some_and(|deadline| deadline <= now) {
@@ -295,9 +298,12 @@ impl Keeper {
             self.pause = Duration::ZERO;
         }
         warn!(
-            "the worker (process {}) ended after {lasted:.1?} with {status}: another one starts in {:?}",
+            "the worker (process {}) ended after {lasted:.1?} with {status}; QEMU is kept, another one starts{}",
             worker.pid(),
-            self.pause
+            match self.pause {
+                Duration::ZERO => String::new(),
+                pause => format!(" in {pause:?}"),
+            }
         );
         self.start_later();
         None

@@ -204,3 +204,6 @@ impl Record {
         (all, 2)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,6 +16,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::leash::{Inherited, Word, hear, leash};
+use super::signals;
 
 /// How a worker is started.
 pub(super) struct Recipe {
@@ -46,6 +47,8 @@ impl Recipe {
             .arg("--kept")
             .arg(Inherited::flag(&inherited))
             .args(&self.arguments);
+        // SAFETY: it only makes system calls that are allowed between `fork` and `exec`.
+        unsafe { command.pre_exec(signals::deliver) };
         // The keeper has one thread, so no other process is started meanwhile.
         for fd in &inherited {
             fcntl_setfd(fd, FdFlags::empty())?;

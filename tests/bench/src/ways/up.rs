@@ -84,7 +84,8 @@ impl Running for Up {
     }
 
     fn processes(&self) -> Vec<u32> {
-        self.programs.iter().map(Daemon::pid).collect()
+        let family = |program: &Daemon| [vec![program.pid()], program.children()].concat();
+        self.programs.iter().flat_map(family).collect()
     }
 
     fn guest_processes(&self) -> String {
