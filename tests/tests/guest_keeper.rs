@@ -23,7 +23,8 @@ const RANGE: u64 = 900;
 /// Ticks in the guest, one process on each processor.
 const TICKS: &str =
     "for cpu in 0 1; do setsid taskset $((cpu+1)) peer ticks >/tmp/ticks.$cpu 2>&1 & done";
-const NO_TICKS: &str = "kill $(pgrep -f 'peer ticks')";
+const NO_TICKS: &str =
+    "for p in $(pidof peer); do if grep -q ticks /proc/$p/cmdline; then kill $p; fi; done";
 const LONGEST: &str = "tail -qn 1 /tmp/ticks.*";
 
 #[test]
@@ -97,9 +98,10 @@ fn end_workers(
     println!("{how}: seed {}", random.0);
     scene.guest.check(TICKS)?;
     let recovery = thread::scope(|threads| {
+        let (counts, address) = (&counts, &scene.peer);
         let transfers: Vec<_> = [peer::upload, peer::download, peer::echo]
             .into_iter()
-            .map(|transfer| threads.spawn(|| counts.transfer(&scene.peer, transfer)))
+            .map(|transfer| threads.spawn(move || counts.transfer(address, transfer)))
             .collect();
         let recovery = Latencies::timed(rounds, || {
             thread::sleep(Duration::from_millis(LEAST + random.next() % RANGE));

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
