@@ -37,17 +37,6 @@ fn a_guest_outlives_workers_that_are_killed_or_replaced() -> Result<()> {
         signal(scene.worker()?, libc::SIGKILL);
         Ok(())
     })?;
-    // What a log line looks like, for who reads this one.
-    println!(
-        "{}",
-        scene
-            .daemon
-            .log()
-            .lines()
-            .filter(|line| line.contains("QEMU is kept"))
-            .last()
-            .unwrap_or_default()
-    );
     end_workers(&scene, "SIGHUP", rounds, || {
         signal(scene.daemon.pid(), libc::SIGHUP);
         Ok(())
