@@ -121,8 +121,11 @@ impl Beside {
 
     /// The ports of the device, that of the mux first.
     pub(crate) fn specs(&self) -> Vec<PortSpec> {
-        let console = self.console.iter().map(|_| console_spec());
-        let ports = self.ports.iter().map(|port| port_spec(&port.name));
+        let console = self.console.iter().map(console_spec);
+        let ports = self
+            .ports
+            .iter()
+            .map(|port| port_spec(&port.name, &port.place));
         let mux = PortSpec::generic(MUX_PORT);
         [mux].into_iter().chain(console).chain(ports).collect()
     }

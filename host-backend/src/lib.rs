@@ -1,4 +1,5 @@
 //! The host end of virtproxy: the vhost-user virtio-console device that QEMU attaches.
 
 pub mod device;
+pub mod keeper;
 pub mod ports;

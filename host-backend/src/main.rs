@@ -1,7 +1,10 @@
-//! `virtproxy`: the host end.
+//! `virtproxy`: the host end. With a device, the process that the user starts is its keeper, which starts itself again as
+//! the worker that does all else.
 
 mod cli;
 
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::io;
 use std::path::Path;
 use std::pin::pin;
@@ -10,15 +13,16 @@ use std::rc::Rc;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
-use tracing::info;
+use tracing::{error, info};
 use virtproxy_engine::admin;
 use virtproxy_engine::channel::{BoxFuture, Channel, Link};
 use virtproxy_engine::channels;
-use virtproxy_engine::program::{self, CHANNELS, EXIT_CODES, Options};
+use virtproxy_engine::program::{self, CHANNELS, EXIT_CODES, End, Options};
 use virtproxy_engine::spec::{ChannelSpec, Method};
 use virtproxy_engine::unix_socket;
 use virtproxy_host::device::{Device, Port};
-use virtproxy_host::ports::Ports;
+use virtproxy_host::keeper::{self, Inherited, Kept};
+use virtproxy_host::ports::{CONSOLE, Ports};
 
 use cli::{Beside, Command, MUX_PORT, Tuning};
 
@@ -71,6 +75,10 @@ struct Cli {
     #[command(flatten)]
     tuning: Tuning,
 
+    /// The program's own: this process is the worker of a keeper, which left it these descriptors
+    #[arg(long, hide = true, value_name = "FDS")]
+    kept: Option<Inherited>,
+
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -84,33 +92,62 @@ fn main() -> ExitCode {
         let mut command = Cli::command();
         command.error(ErrorKind::ArgumentConflict, message).exit();
     }
-    program::run(PRODUCT, &cli.options, &|spec, options| {
-        make_channel(spec, options, &cli.beside, &cli.tuning)
-    })
+    program::start_log(cli.options.verbose);
+    let devices: Vec<_> = cli.options.channels.iter().filter(is_device).collect();
+    match cli.kept.clone() {
+        Some(inherited) => work(&cli, inherited),
+        None if devices.is_empty() => program::exit_code(
+            program::run_replaceable(
+                PRODUCT,
+                &cli.options,
+                &|spec, options| other(spec, options),
+                None,
+            )
+            .map(drop),
+        ),
+        None => keeper::run(&devices).unwrap_or_else(|failure| program::exit_code(Err(failure))),
+    }
 }
 
-fn make_channel(
-    spec: &ChannelSpec,
-    options: &Options,
-    beside: &Beside,
-    tuning: &Tuning,
-) -> io::Result<Box<dyn Channel>> {
-    match spec.method {
-        Method::VhostUser if has_ports(spec, &options.channels) => {
-            Ok(Box::new(MuxPort::start(spec, beside, tuning)?))
+fn is_device(spec: &&ChannelSpec) -> bool {
+    spec.method == Method::VhostUser
+}
+
+/// Serves what a keeper holds.
+fn work(cli: &Cli, inherited: Inherited) -> ExitCode {
+    let kept = match Kept::take(inherited) {
+        Ok(kept) => RefCell::new(VecDeque::from(kept)),
+        Err(error) => return program::exit_code(Err(error.into())),
+    };
+    let replaced = Rc::new(Cell::new(false));
+    let make = |spec: &ChannelSpec, options: &Options| -> io::Result<Box<dyn Channel>> {
+        if spec.method != Method::VhostUser {
+            return other(spec, options);
         }
-        Method::VhostUser => Ok(Box::new(MuxPort::start(spec, &Beside::default(), tuning)?)),
-        _ => channels::make(
-            spec,
-            options,
-            "this method is the guest's: use vhost-user:PATH:- on the host",
-        ),
+        let kept = kept.borrow_mut().pop_front();
+        let kept = kept.ok_or_else(|| io::Error::other("its keeper has no such device"))?;
+        let none = Beside::default();
+        let beside = match has_ports(spec, &options.channels) {
+            true => &cli.beside,
+            false => &none,
+        };
+        let port = MuxPort::start(spec, kept, beside, &cli.tuning, replaced.clone())?;
+        Ok(Box::new(port))
+    };
+    let on_hangup = || replaced.set(true);
+    match program::run_replaceable(PRODUCT, &cli.options, &make, Some(&on_hangup)) {
+        Ok(End::Replaced) => ExitCode::from(keeper::REPLACED),
+        result => program::exit_code(result.map(drop)),
     }
+}
+
+fn other(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dyn Channel>> {
+    let wrong_end = "this method is the guest's: use vhost-user:PATH:- on the host";
+    channels::make(spec, options, wrong_end)
 }
 
 /// Whether it is the one device that has the ports of `--port` and `--console`.
 fn has_ports(spec: &ChannelSpec, channels: &[ChannelSpec]) -> bool {
-    let is_device = |spec: &&ChannelSpec| spec.method == Method::VhostUser;
     channels
         .iter()
         .find(is_device)
@@ -122,26 +159,44 @@ struct MuxPort {
     port: Port,
     name: String,
     /// The device is there as long as these are.
-    _ports: Rc<Ports>,
+    ports: Rc<Ports>,
+    /// Another process takes over.
+    replaced: Rc<Cell<bool>>,
 }
 
 impl MuxPort {
-    fn start(spec: &ChannelSpec, beside: &Beside, tuning: &Tuning) -> io::Result<Self> {
-        let specs = beside.specs();
-        let room = beside.room();
-        let (device, ports) = Device::start(&spec.addr, specs, room).map_err(io::Error::other)?;
-        info!(
-            "{spec}: QEMU's -device line must say num_vqs={}",
-            device.queues()
-        );
+    fn start(
+        spec: &ChannelSpec,
+        kept: Kept,
+        beside: &Beside,
+        tuning: &Tuning,
+        replaced: Rc<Cell<bool>>,
+    ) -> io::Result<Self> {
+        let first = kept.state.is_empty();
+        let (device, ports) = Device::start_kept(&spec.addr, kept, beside.specs(), beside.room())
+            .map_err(io::Error::other)?;
+        if first {
+            let queues = device.queues();
+            info!("{spec}: QEMU's -device line must say num_vqs={queues}");
+        }
         let beside_mux = Rc::new(Ports::new(device, MUX_PORT));
         let mut ports = ports.into_iter();
-        let mut port = ports.next().expect("the mux port comes first");
+        let (_, mut port) = ports.next().expect("the mux port comes first");
         port.set_busy_poll(tuning.busy_poll());
-        for ((flag, name, place), port) in beside.served().zip(ports) {
-            beside_mux
-                .serve(name, place.clone(), port)
-                .map_err(|error| io::Error::other(format!("{flag} {error}")))?;
+        for (spec, port) in ports {
+            match beside_mux.serve_again(&spec, port) {
+                Ok(()) => {}
+                Err(error) if first => {
+                    let flag = if spec.name == CONSOLE {
+                        "--console"
+                    } else {
+                        "--port"
+                    };
+                    return Err(io::Error::other(format!("{flag} {error}")));
+                }
+                // The others, and QEMU, must not suffer.
+                Err(error) => error!("a port is lost: {error}"),
+            }
         }
         if let Some(path) = &beside.admin {
             start_admin(path, beside_mux.clone())
@@ -150,8 +205,17 @@ impl MuxPort {
         Ok(MuxPort {
             port,
             name: spec.to_string(),
-            _ports: beside_mux,
+            ports: beside_mux,
+            replaced,
         })
+    }
+}
+
+impl Drop for MuxPort {
+    fn drop(&mut self) {
+        if self.replaced.get() {
+            self.ports.leave();
+        }
     }
 }
 

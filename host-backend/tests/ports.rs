@@ -45,9 +45,9 @@ impl Program {
                 .build()
                 .unwrap();
             tokio::task::LocalSet::new().block_on(&runtime, async move {
-                let spec = |(name, _): &(String, Place)| match &**name {
-                    CONSOLE => console_spec(),
-                    name => port_spec(name),
+                let spec = |(name, place): &(String, Place)| match &**name {
+                    CONSOLE => console_spec(place),
+                    name => port_spec(name, place),
                 };
                 let specs = [PortSpec::generic(NAME)]
                     .into_iter()

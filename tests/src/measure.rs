@@ -26,6 +26,15 @@ impl Latencies {
         Ok(Latencies(all))
     }
 
+    /// Those that `call` tells of itself, so many times.
+    pub fn timed(times: usize, call: impl FnMut() -> Result<Duration>) -> Result<Self> {
+        let mut all = std::iter::repeat_with(call)
+            .take(times)
+            .collect::<Result<Vec<_>>>()?;
+        all.sort();
+        Ok(Latencies(all))
+    }
+
     /// The latency that `share` (0 to 1) of the calls did not exceed.
     pub fn percentile(&self, share: f64) -> Duration {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]

@@ -89,6 +89,14 @@ impl Daemon {
         self.child.id()
     }
 
+    /// The process ids of those that it has started, such as the worker of a keeper.
+    pub fn children(&self) -> Vec<u32> {
+        let pid = self.pid();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let children = children.unwrap_or_default();
+        children.split_whitespace().flat_map(str::parse).collect()
+    }
+
     /// All it has logged.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
@@ -259,9 +267,15 @@ impl Scene {
         )
     }
 
-    /// What the daemon uses.
+    /// The process id of the daemon's worker.
+    pub fn worker(&self) -> Result<u32> {
+        let worker = self.daemon.children().first().copied();
+        worker.context("there is no worker")
+    }
+
+    /// What the daemon's worker uses; its keeper has nothing to do.
     pub fn daemon_usage(&self) -> Result<Usage> {
-        Usage::of(self.daemon.pid())
+        Usage::of(self.worker()?)
     }
 }
 

@@ -1,6 +1,7 @@
 //! What both programs are made of: the common flags, the log, signals, and one driver for each channel.
 
 use std::collections::HashSet;
+use std::future::pending;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -177,7 +178,8 @@ pub enum Failure {
 }
 
 impl Failure {
-    fn exit_code(&self) -> u8 {
+    /// What the program ends with.
+    pub fn exit_code(&self) -> u8 {
         match self {
             Failure::Io(_) | Failure::Driver(DriverError::Io(_)) => 1,
             Failure::Usage(_) => 2,
@@ -190,14 +192,23 @@ impl Failure {
 /// Makes the channel that a `-c` names. Called on the engine's thread, in a `LocalSet`.
 pub type MakeChannel<'m> = &'m dyn Fn(&ChannelSpec, &Options) -> io::Result<Box<dyn Channel>>;
 
+/// How a program came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It was asked to end, or everything that it served has.
+    Done,
+    /// It leaves its place to another process, as it was asked to with SIGHUP.
+    Replaced,
+}
+
 /// Runs a program until it is asked to end. `product` is its name and version.
 pub fn run(product: &str, options: &Options, make: MakeChannel<'_>) -> ExitCode {
     start_log(options.verbose);
-    let result = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(Failure::Io)
-        .and_then(|runtime| LocalSet::new().block_on(&runtime, serve(product, options, make)));
+    exit_code(run_replaceable(product, options, make, None).map(drop))
+}
+
+/// The exit code, once the user knows what went wrong.
+pub fn exit_code(result: Result<(), Failure>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -207,7 +218,21 @@ pub fn run(product: &str, options: &Options, make: MakeChannel<'_>) -> ExitCode 
     }
 }
 
-fn start_log(verbose: u8) {
+/// Runs a program whose log is started. With `replaced`, SIGHUP has it called, and then ends the program without a delay.
+pub fn run_replaceable(
+    product: &str,
+    options: &Options,
+    make: MakeChannel<'_>,
+    replaced: Option<&dyn Fn()>,
+) -> Result<End, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    LocalSet::new().block_on(&runtime, serve(product, options, make, replaced))
+}
+
+/// Lets the program tell its user what it does.
+pub fn start_log(verbose: u8) {
     let level = match verbose {
         0 => "info",
         1 => "debug",
@@ -225,13 +250,23 @@ fn start_log(verbose: u8) {
         .init();
 }
 
-async fn serve(product: &str, options: &Options, make: MakeChannel<'_>) -> Result<(), Failure> {
+async fn serve(
+    product: &str,
+    options: &Options,
+    make: MakeChannel<'_>,
+    replaced: Option<&dyn Fn()>,
+) -> Result<End, Failure> {
     if let Err(error) = raise_descriptor_limit() {
         debug!("cannot raise the limit of open files: {error}");
     }
-    let (stop, stopped) = watch::channel(false);
+    let (stop, stopped) = watch::channel(None);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hang_up = match replaced {
+        Some(replaced) => Some((signal(SignalKind::hangup())?, replaced)),
+        None => None,
+    };
+    let mut end = End::Done;
 
     let mut drivers = JoinSet::new();
     for (index, spec) in options.channels.iter().enumerate() {
@@ -241,7 +276,6 @@ async fn serve(product: &str, options: &Options, make: MakeChannel<'_>) -> Resul
         let settings = Settings {
             connect_timeout: options.connect_timeout,
             wait_for_peer: options.wait_for_peer,
-            grace: options.grace,
             udp_timeout: options.udp_timeout,
             session: Config {
                 product: product.into(),
@@ -265,9 +299,23 @@ async fn serve(product: &str, options: &Options, make: MakeChannel<'_>) -> Resul
         });
     }
     loop {
-        tokio::select! {
-            _ = terminate.recv() => debug!("SIGTERM"),
-            _ = interrupt.recv() => debug!("SIGINT"),
+        let hung_up = async {
+            match &mut hang_up {
+                Some((signal, replaced)) => {
+                    signal.recv().await;
+                    *replaced
+                }
+                None => pending().await,
+            }
+        };
+        let grace = tokio::select! {
+            _ = terminate.recv() => options.grace,
+            _ = interrupt.recv() => options.grace,
+            replaced = hung_up => {
+                replaced();
+                end = End::Replaced;
+                Duration::ZERO
+            }
             ended = drivers.join_next() => match ended {
                 Some(Ok(result)) => {
                     result?;
@@ -276,12 +324,13 @@ async fn serve(product: &str, options: &Options, make: MakeChannel<'_>) -> Resul
                 Some(Err(error)) => return Err(io::Error::other(error).into()),
                 None => {
                     info!("ended");
-                    return Ok(());
+                    return Ok(end);
                 }
             },
-        }
+        };
+        debug!(?grace, "asked to end");
         // A receiver that is gone has ended already.
-        let _ = stop.send(true);
+        let _ = stop.send(Some(grace));
     }
 }
 

@@ -18,7 +18,7 @@ use virtproxy_engine::driver::Settings;
 
 use support::ends::{end, join};
 use support::{
-    connect, echo_server, echo_through, ends_at_once, new_address, pattern, refused_at_once,
+    GRACE, connect, echo_server, echo_through, ends_at_once, new_address, pattern, refused_at_once,
     settings,
 };
 
@@ -68,7 +68,7 @@ fn unix_sockets_and_the_reverse_direction_work() {
         let mut answer = Vec::new();
         client.read_to_end(&mut answer).await.unwrap();
         assert_eq!(answer, b"half-closehalf-close");
-        far.stop.send(true).unwrap();
+        far.stop.send(GRACE).unwrap();
         far.done.await.unwrap().unwrap();
         assert!(!front.exists(), "the socket's file goes with its listener");
         std::fs::remove_dir_all(&dir).unwrap();
@@ -243,14 +243,14 @@ fn a_request_to_end_lets_streams_finish_and_tells_the_peer() {
         open.write_all(b"open").await.unwrap();
         let mut buf = [0; 4];
         open.read_exact(&mut buf).await.unwrap();
-        far.stop.send(true).unwrap();
+        far.stop.send(GRACE).unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
         open.write_all(b"more").await.unwrap();
         open.read_exact(&mut buf).await.unwrap();
         assert_eq!(&buf, b"more");
         far.done.await.unwrap().unwrap();
         ends_at_once(open).await;
-        near.stop.send(true).unwrap();
+        near.stop.send(GRACE).unwrap();
         near.done.await.unwrap().unwrap();
     });
 }

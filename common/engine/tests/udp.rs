@@ -18,7 +18,7 @@ use virtproxy_engine::driver::Settings;
 use virtproxy_engine::spec::{Endpoint, ForwardSpec};
 
 use support::ends::{End, end, end_with, join};
-use support::{connect, echo_server, echo_through, new_address, pattern, settings};
+use support::{GRACE, connect, echo_server, echo_through, new_address, pattern, settings};
 
 /// The flows of a forward, as the README has it.
 const MAX_FLOWS: usize = 1024;
@@ -377,13 +377,13 @@ fn a_restart_of_either_end_ends_flows_and_the_next_datagram_begins_one() {
         join(&near, &far);
         assert_eq!(insist(&client, b"two").await, b"two");
         // The end that serves.
-        far.stop.send(true).unwrap();
+        far.stop.send(GRACE).unwrap();
         far.done.await.unwrap().unwrap();
         let far = end(settings(), &[], &serve).await;
         join(&near, &far);
         assert_eq!(insist(&client, b"three").await, b"three");
         // The end that listens.
-        near.stop.send(true).unwrap();
+        near.stop.send(GRACE).unwrap();
         near.done.await.unwrap().unwrap();
         let near = end(settings(), &out, &[]).await;
         join(&near, &far);

@@ -149,7 +149,7 @@ impl Memory {
 pub(crate) struct Sockets {
     guest: GuestThread,
     peer: Peer,
-    _stop: watch::Sender<bool>,
+    _stop: watch::Sender<Option<Duration>>,
     _device: DeviceHandle,
 }
 
@@ -164,13 +164,12 @@ impl Sockets {
         let settings = Settings {
             connect_timeout: Duration::from_secs(10),
             wait_for_peer: Duration::from_secs(10),
-            grace: Duration::ZERO,
             udp_timeout: Duration::from_secs(60),
             session: Config::default(),
         };
         let serve = format!("bulk:{}:-", path.display()).parse().unwrap();
         let driver = Driver::new(settings, &[], &[serve]).await.unwrap();
-        let (stop, stopped) = watch::channel(false);
+        let (stop, stopped) = watch::channel(None);
         tokio::task::spawn_local(driver.run(Box::new(port) as Box<dyn Channel>, stopped));
         let guest = GuestThread::start(guest, Mux::new(true, Payload::default()));
         wait_for(&guest.orders, Orders::is_ready).await;

@@ -35,6 +35,7 @@
 //! answers: each port notes what it *owes* the guest, at most one message of each kind, and
 //! [`Machine::next_message`] makes the next of them when there is room.
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{PortKind, PortSpec};
@@ -89,12 +90,14 @@ pub(super) enum Misuse {
 }
 
 /// The state of the control protocol with one driver.
+#[derive(Deserialize, Serialize)]
 pub(super) struct Machine {
     slots: Vec<Port>,
     /// There is a driver that knows of the ports.
     driver: bool,
 }
 
+#[derive(Deserialize, Serialize)]
 struct Port {
     /// Means nothing in a vacant slot.
     spec: PortSpec,
@@ -105,7 +108,7 @@ struct Port {
     told_open: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 enum Stage {
     Vacant,
     Unknown,
@@ -116,7 +119,7 @@ enum Stage {
     Left,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
 struct Owes {
     add: bool,
     console: bool,
@@ -140,6 +143,29 @@ impl Machine {
     pub(super) fn reset(&mut self) {
         self.driver = false;
         self.slots.iter_mut().for_each(Port::reset);
+    }
+
+    /// Another process told the guest all this and is gone, and its links with it. Of the last message nobody knows whether
+    /// it was still sent, so the guest is told again what our side looks like, and that it was closed in between. That would
+    /// be no good to a console, which nobody opens anew.
+    pub(super) fn take_over(&mut self) {
+        for port in self.slots.iter_mut().filter(|port| port.is_known()) {
+            match port.is_console() {
+                true => port.told_open = false,
+                false => port.owes.hang_up = true,
+            }
+        }
+    }
+
+    /// How many ports there may be.
+    pub(super) fn room(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// The port in a slot, and whether the guest has it open.
+    pub(super) fn port(&self, slot: usize) -> Option<(&PortSpec, bool)> {
+        let port = self.slots.get(slot).filter(|port| port.is_there())?;
+        Some((&port.spec, port.stage == Stage::Open))
     }
 
     /// What our side of a port looks like from now on.
@@ -214,17 +240,16 @@ impl Machine {
 
     /// The slot of the first console.
     pub(super) fn console(&self) -> Option<usize> {
-        let is_console = |port: &Port| matches!(port.spec.kind, PortKind::Console { .. });
         self.slots
             .iter()
-            .position(|port| port.is_there() && is_console(port))
+            .position(|port| port.is_there() && port.is_console())
     }
 
     /// The terminal of a console has another size; of no meaning to other ports.
     pub(super) fn resize(&mut self, slot: usize, columns: u16, rows: u16) {
         let port = &mut self.slots[slot];
         let size = PortKind::Console { columns, rows };
-        if matches!(port.spec.kind, PortKind::Console { .. }) && port.spec.kind != size {
+        if port.is_console() && port.spec.kind != size {
             port.spec.kind = size;
             port.owes.resize |= port.is_known();
         }
@@ -371,6 +396,10 @@ impl Port {
         !matches!(self.stage, Stage::Vacant | Stage::Leaving | Stage::Left)
     }
 
+    fn is_console(&self) -> bool {
+        matches!(self.spec.kind, PortKind::Console { .. })
+    }
+
     /// Whether the driver has it.
     fn is_known(&self) -> bool {
         matches!(self.stage, Stage::Closed | Stage::Open)
@@ -389,7 +418,7 @@ impl Port {
 
     /// The driver has the port and knows nothing about it.
     fn introduce(&mut self) {
-        let console = matches!(self.spec.kind, PortKind::Console { .. });
+        let console = self.is_console();
         self.owes = Owes {
             add: false,
             console,

@@ -1,7 +1,8 @@
 //! Carries the control messages between the [`Machine`] and its two rings, and their effects to the ports.
 //!
 //! The guest's driver spins in its kernel until a message is given back, so this runs on a thread of its own that
-//! never waits for more than the transaction a link may be in. A message is given back after its effect.
+//! never waits for more than the transaction a link may be in. A message is given back after its effect, and when that is
+//! saved.
 
 use tracing::{info, warn};
 use vhost_user_backend::VringT;
@@ -14,7 +15,9 @@ use super::control::{Effect, MESSAGE_LEN, Machine, Misuse};
 use super::port::{Cell, Rings};
 use super::quiet::Quiet;
 use super::ring::{Fault, Ring};
+use super::saved::{Current, Saved, Saver};
 use super::vring::is_running;
+use crate::keeper::Leash;
 
 /// Messages handled at once, each way; then others have their turn.
 const MAX_MESSAGES: usize = 256;
@@ -33,6 +36,10 @@ pub(super) struct Control {
     /// The most buffers that the driver had left for messages: when they are all there, it has taken all it was told.
     most: u16,
     quiet: Quiet,
+    /// For the process after this one.
+    saver: Option<Saver>,
+    /// The ports that the guest had closed when this process took over: what their rings hold is nobody's.
+    stale: Vec<usize>,
 }
 
 impl Control {
@@ -43,7 +50,51 @@ impl Control {
             heard: false,
             most: 0,
             quiet: Quiet::default(),
+            saver: None,
+            stale: Vec::new(),
         }
+    }
+
+    /// The same, known to the process after this one; after the process before this one, if that left word. Whether its
+    /// driver is still there.
+    pub(super) fn kept(
+        machine: Machine,
+        saved: Option<Saved>,
+        resumed: bool,
+        leash: Leash,
+    ) -> Self {
+        let mut control = Control::new(machine);
+        if let Some(saved) = saved {
+            control.machine = saved.machine;
+            control.heard = saved.heard;
+            control.most = saved.most;
+        }
+        if resumed {
+            control.machine.take_over();
+            let closed = |slot: &usize| matches!(control.machine.port(*slot), Some((_, false)));
+            control.stale = (0..control.machine.room()).filter(closed).collect();
+        } else {
+            control.restart();
+        }
+        control.saver = Some(Saver::new(leash));
+        control.save();
+        control
+    }
+
+    /// Saves what the process after this one must know.
+    fn save(&mut self) {
+        if let Some(saver) = &mut self.saver {
+            saver.save(&Current {
+                machine: &self.machine,
+                heard: self.heard,
+                most: self.most,
+            });
+        }
+    }
+
+    /// What happens from now on is of no interest to the process after this one.
+    pub(super) fn leave(&mut self) {
+        self.saver = None;
     }
 
     /// A frontend is connected, and these are its rings.
@@ -56,6 +107,8 @@ impl Control {
         self.machine.reset();
         self.heard = false;
         self.most = 0;
+        self.stale.clear();
+        self.save();
     }
 
     /// The frontend is gone.
@@ -78,6 +131,12 @@ impl Control {
 
     /// Takes what the guest said, tells it what it is owed. Whether there is more to do at once.
     pub(super) fn serve(&mut self, ports: &[Cell]) -> bool {
+        let more = self.exchange(ports);
+        self.save();
+        more
+    }
+
+    fn exchange(&mut self, ports: &[Cell]) -> bool {
         let Some(rings) = &self.rings else {
             return false;
         };
@@ -86,11 +145,16 @@ impl Control {
         {
             let mut vring = rings.from_guest.get_mut();
             if is_running(&vring) {
+                // All rings were set up before this one was started.
+                for slot in self.stale.drain(..) {
+                    ports[slot].guest_closed_before();
+                }
                 let mut listener = Listener {
                     machine: &mut self.machine,
                     quiet: &self.quiet,
                     heard: &mut self.heard,
                     most: &mut self.most,
+                    saver: &mut self.saver,
                     ports,
                 };
                 more |= Ring::new(&mut vring, &memory)
@@ -127,6 +191,7 @@ struct Listener<'c> {
     quiet: &'c Quiet,
     heard: &'c mut bool,
     most: &'c mut u16,
+    saver: &'c mut Option<Saver>,
     ports: &'c [Cell],
 }
 
@@ -149,6 +214,14 @@ impl Listener<'_> {
                 self.handle(&bytes[..len]);
                 batch.give_back_read(&mut ring);
             }
+        }
+        // Before the driver sees what was given back.
+        if let Some(saver) = self.saver {
+            saver.save(&Current {
+                machine: self.machine,
+                heard: *self.heard,
+                most: *self.most,
+            });
         }
         Ok(ring.arm(1))
     }

@@ -38,6 +38,7 @@
 //! | QMP `stop` and `cont` | GET_VRING_BASE, rings start where they were | nothing; links wait |
 //! | QEMU ends | connection ends | every session is over; the next QEMU may connect |
 //! | we end | nothing | every port is removed, then QEMU is disconnected |
+//! | another process takes over from us | rings start, without a position | the guest's sessions are over, but a console's |
 //!
 //! # Locks
 //!
@@ -59,6 +60,7 @@ mod quiet;
 mod ring;
 #[cfg(feature = "rogue")]
 pub mod rogue;
+mod saved;
 mod server;
 mod sessions;
 mod signal;
@@ -67,9 +69,11 @@ mod vring;
 
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
@@ -80,13 +84,16 @@ use control::Machine;
 use control_queue::Control;
 use port::Cell;
 pub use port::Port;
-use server::Server;
+use saved::Saved;
+use server::{Incoming, Server};
+
+use crate::keeper::Kept;
 
 /// The most ports a device can have: the library serves 64 virtqueues, two of them are for control.
 pub const MAX_PORTS: usize = 31;
 
 /// A port the guest is to see.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct PortSpec {
     /// The guest finds it by this name: `/dev/virtio-ports/NAME`.
     pub name: String,
@@ -94,6 +101,8 @@ pub struct PortSpec {
     pub kind: PortKind,
     /// Whether the host's side looks open to the guest until [`Port::set_connected`] says otherwise.
     pub connected: bool,
+    /// What whoever serves the port wants to know of it again when another process takes over.
+    pub memo: String,
 }
 
 impl PortSpec {
@@ -103,12 +112,13 @@ impl PortSpec {
             name: name.into(),
             kind: PortKind::Generic,
             connected: true,
+            memo: String::new(),
         }
     }
 }
 
 /// What the guest makes of a port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub enum PortKind {
     /// A character device for programs.
     Generic,
@@ -162,31 +172,76 @@ impl Device {
         specs: Vec<PortSpec>,
         room: usize,
     ) -> Result<(DeviceHandle, Vec<Port>), StartError> {
-        if specs.is_empty() || specs.len() > MAX_PORTS {
-            return Err(StartError::Ports(specs.len()));
-        }
-        if room < specs.len() || room > MAX_PORTS {
-            return Err(StartError::Ports(room));
-        }
-        for (index, spec) in specs.iter().enumerate() {
-            check_name(spec)?;
-            if specs[..index].iter().any(|other| other.name == spec.name) {
-                return Err(StartError::Twice(spec.name.clone()));
-            }
-        }
+        check(&specs, room)?;
         let path = path.as_ref();
-        let name = format!("vhost-user:{}", path.display());
-        let shared = Arc::new(Shared::new(name, &specs, room)?);
-        let server = Server::start(path, shared.clone())?;
-        let ports = (0..specs.len())
-            .map(|index| Port::new(&shared, index))
-            .collect();
-        let handle = DeviceHandle {
-            shared,
-            _server: server,
-        };
+        let incoming = Incoming::listen(path)?;
+        let shared = Shared::new(name(path), &specs, room)?;
+        let handle = Self::serve(path, incoming, shared)?;
+        let ports = (0..specs.len()).map(|slot| Port::new(&handle.shared, slot));
+        let ports = ports.collect();
         Ok((handle, ports))
     }
+
+    /// The same on behalf of a keeper. If another process had the device before, its ports are as they were then,
+    /// whatever `specs` says; they come with what is known of them.
+    pub fn start_kept(
+        path: impl AsRef<Path>,
+        kept: Kept,
+        specs: Vec<PortSpec>,
+        room: usize,
+    ) -> Result<(DeviceHandle, Vec<(PortSpec, Port)>), StartError> {
+        check(&specs, room)?;
+        let saved = Saved::read(&kept.state, room);
+        let resumed = kept.resumed && saved.is_some();
+        let machine = Machine::new(&specs, room);
+        let control = Control::kept(machine, saved, resumed, kept.leash.clone());
+        let cell = |slot| match control.machine.port(slot) {
+            Some((spec, open)) if resumed => Cell::taken_over(spec, open),
+            Some((spec, _)) => Cell::new(spec),
+            None => Cell::vacant(),
+        };
+        let cells = (0..room).map(cell).collect();
+        let incoming = Incoming::Kept(kept.listener, kept.leash, kept.resumed);
+        let ports = (0..room)
+            .filter_map(|slot| Some((control.machine.port(slot)?.0.clone(), slot)))
+            .collect::<Vec<_>>();
+        let path = path.as_ref();
+        let handle = Self::serve(path, incoming, Shared::of(name(path), control, cells)?)?;
+        let port = |(spec, slot)| (spec, Port::new(&handle.shared, slot));
+        let ports = ports.into_iter().map(port).collect();
+        Ok((handle, ports))
+    }
+
+    fn serve(path: &Path, incoming: Incoming, shared: Shared) -> Result<DeviceHandle, StartError> {
+        let shared = Arc::new(shared);
+        let server = Server::start(path, incoming, shared.clone())?;
+        Ok(DeviceHandle {
+            shared,
+            stays: AtomicBool::new(false),
+            _server: server,
+        })
+    }
+}
+
+/// What a device is called in messages.
+fn name(path: &Path) -> String {
+    format!("vhost-user:{}", path.display())
+}
+
+fn check(specs: &[PortSpec], room: usize) -> Result<(), StartError> {
+    if specs.is_empty() || specs.len() > MAX_PORTS {
+        return Err(StartError::Ports(specs.len()));
+    }
+    if room < specs.len() || room > MAX_PORTS {
+        return Err(StartError::Ports(room));
+    }
+    for (index, spec) in specs.iter().enumerate() {
+        check_name(spec)?;
+        if specs[..index].iter().any(|other| other.name == spec.name) {
+            return Err(StartError::Twice(spec.name.clone()));
+        }
+    }
+    Ok(())
 }
 
 fn check_name(spec: &PortSpec) -> Result<(), StartError> {
@@ -209,6 +264,8 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// guest is given a moment to notice: without ports its kernel has nothing to say.
 pub struct DeviceHandle {
     shared: Arc<Shared>,
+    /// The guest keeps its ports.
+    stays: AtomicBool,
     _server: Server,
 }
 
@@ -230,6 +287,11 @@ impl DeviceHandle {
         }
     }
 
+    /// Another process takes over from this one: the ports are not taken from the guest when this is dropped.
+    pub fn leave(&self) {
+        self.stays.store(true, Ordering::Relaxed);
+    }
+
     /// How many ports there may be.
     pub fn room(&self) -> usize {
         self.shared.ports.len()
@@ -243,6 +305,9 @@ impl DeviceHandle {
 
 impl Drop for DeviceHandle {
     fn drop(&mut self) {
+        if *self.stays.get_mut() {
+            return;
+        }
         let slots = 0..self.room();
         slots.clone().for_each(|slot| self.shared.remove(slot));
         let end = Instant::now() + FAREWELL;
@@ -286,14 +351,19 @@ struct Shared {
 impl Shared {
     fn new(name: String, specs: &[PortSpec], room: usize) -> io::Result<Self> {
         let cells = specs.iter().map(Cell::new);
+        let cells = cells
+            .chain(std::iter::repeat_with(Cell::vacant))
+            .take(room)
+            .collect();
+        Self::of(name, Control::new(Machine::new(specs, room)), cells)
+    }
+
+    fn of(name: String, control: Control, ports: Vec<Cell>) -> io::Result<Self> {
         Ok(Shared {
             name,
-            control: Mutex::new(Control::new(Machine::new(specs, room))),
+            control: Mutex::new(control),
             vacated: Condvar::new(),
-            ports: cells
-                .chain(std::iter::repeat_with(Cell::vacant))
-                .take(room)
-                .collect(),
+            ports,
             poke: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
         })
     }
@@ -348,6 +418,12 @@ impl Shared {
         self.control().restart();
         self.vacated.notify_all();
         self.ports.iter().for_each(Cell::restart);
+    }
+
+    /// The frontend lives on, but not with us.
+    fn leave(&self) {
+        self.control().leave();
+        self.detach();
     }
 
     /// The frontend is gone.

@@ -43,7 +43,7 @@ use super::sessions::{Sessions, Standing, chains_left};
 use super::signal::Signal;
 use super::to_guest::Pace;
 use super::vring::{Memory, Vring, is_running};
-use super::{PortSpec, Shared, from_guest, to_guest};
+use super::{PortKind, PortSpec, Shared, from_guest, to_guest};
 
 /// What the engine and the device's threads share of a port.
 pub(super) struct Cell {
@@ -96,6 +96,17 @@ impl Cell {
     pub(super) fn new(spec: &PortSpec) -> Self {
         let cell = Self::vacant();
         cell.occupy(spec);
+        cell
+    }
+
+    /// A port whose guest knew it before this process was. A console goes on: nobody opens it anew.
+    pub(super) fn taken_over(spec: &PortSpec, open: bool) -> Self {
+        let cell = Self::new(spec);
+        let console = matches!(spec.kind, PortKind::Console { .. });
+        cell.change(|state| match console && open {
+            true => state.sessions.open(),
+            false => state.sessions.open_before(),
+        });
         cell
     }
 
@@ -206,6 +217,11 @@ impl Cell {
     /// The guest closed the port. On return nothing more goes into the ring to it.
     pub(super) fn guest_closed(&self) {
         self.note("guest closed the port");
+        self.change(State::close);
+    }
+
+    /// The guest had closed the port before this process was.
+    pub(super) fn guest_closed_before(&self) {
         self.change(State::close);
     }
 

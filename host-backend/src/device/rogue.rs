@@ -720,6 +720,7 @@ fn console() -> PortSpec {
             rows: 25,
         },
         connected: true,
+        memo: String::new(),
     }
 }
 

@@ -1,13 +1,15 @@
-//! Serves one QEMU after the other on one socket.
+//! Serves one QEMU after the other on one socket: a path that QEMU connects to, or what a keeper connects to for it.
 
 use std::fmt;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
+use rustix::process::{Signal, getpid, kill_process};
 use thiserror::Error;
 use tracing::{error, info, warn};
 use vhost::vhost_user::{self, Listener};
@@ -20,6 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::backend::Backend;
 use super::vring::Memory;
 use super::{Shared, StartError};
+use crate::keeper::Leash;
 
 /// How long to wait after a connection could not be served, in milliseconds: what there was too little of (file
 /// descriptors, threads) may come back.
@@ -27,6 +30,22 @@ const PAUSE_MS: i32 = 500;
 
 /// Connections that wait while one is served.
 const BACKLOG: i32 = 16;
+
+/// Where connections come from.
+pub(super) enum Incoming {
+    /// QEMU, to a socket of our own. The file goes before the socket.
+    Own(SocketFile, UnixListener),
+    /// A keeper, which hears on the leash when one is over. Whether the first is one that lives on from another process.
+    Kept(UnixListener, Leash, bool),
+}
+
+impl Incoming {
+    /// Listens on `path`.
+    pub(super) fn listen(path: &Path) -> Result<Self, StartError> {
+        let (listener, file) = unix_socket::listen(path, BACKLOG)?;
+        Ok(Incoming::Own(file, listener))
+    }
+}
 
 /// The thread that serves the socket. Dropping it ends the thread and removes the socket.
 #[derive(Debug)]
@@ -36,17 +55,26 @@ pub(super) struct Server {
 }
 
 impl Server {
-    pub(super) fn start(path: &Path, shared: Arc<Shared>) -> Result<Self, StartError> {
-        let (listener, file) = unix_socket::listen(path, BACKLOG)?;
+    pub(super) fn start(
+        path: &Path,
+        incoming: Incoming,
+        shared: Arc<Shared>,
+    ) -> Result<Self, StartError> {
         let stop = Arc::new(Stop {
             wanted: AtomicBool::new(false),
             wake: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             connection: Mutex::new(None),
         });
+        let (file, listener, leash, resumed) = match incoming {
+            Incoming::Own(file, listener) => (Some(file), listener, None, false),
+            Incoming::Kept(listener, leash, resumed) => (None, listener, Some(leash), resumed),
+        };
         let service = Service {
             path: path.to_owned(),
             _file: file,
             listener: listener.into(),
+            leash,
+            resumed,
             shared,
             stop: stop.clone(),
         };
@@ -134,15 +162,20 @@ impl From<DaemonError> for ServeError {
 
 struct Service {
     path: PathBuf,
-    _file: SocketFile,
+    _file: Option<SocketFile>,
     listener: Listener,
+    leash: Option<Leash>,
+    /// The next connection is one that lives on from another process.
+    resumed: bool,
     shared: Arc<Shared>,
     stop: Arc<Stop>,
 }
 
 impl Service {
     fn run(mut self) {
-        info!("waiting for QEMU on {}", self.path.display());
+        if self.leash.is_none() {
+            info!("waiting for QEMU on {}", self.path.display());
+        }
         if let Err(error) = self.serve() {
             error!(
                 "no QEMU can connect to {} any more: {error}",
@@ -157,13 +190,29 @@ impl Service {
         let wanted = Epoll::new()?;
         watch(&wanted, &self.stop.wake)?;
         watch(&wanted, &self.listener)?;
+        if let Some(leash) = &self.leash {
+            watch(&wanted, &leash.as_fd())?;
+        }
         loop {
             wait(&wanted, -1)?;
             if self.stop.is_wanted() {
                 return Ok(());
             }
+            if self.leash.as_ref().is_some_and(Leash::is_loose) {
+                error!("the keeper is gone, and with it the connection to QEMU: ending");
+                kill_process(getpid(), Signal::TERM)?;
+                return Ok(());
+            }
             let served = self.serve_one();
+            if self.stop.is_wanted() {
+                // What the guest was told is still true for who comes next.
+                self.shared.leave();
+                return Ok(());
+            }
             self.shared.detach();
+            if let Some(leash) = &self.leash {
+                leash.ended();
+            }
             if let Err(error) = served {
                 warn!("cannot serve QEMU on {}: {error}", self.path.display());
                 wait(&stopped, PAUSE_MS)?;
@@ -181,7 +230,13 @@ impl Service {
         backend.register(&daemon, &attached)?;
         daemon.start(&mut self.listener)?;
         self.stop.connected(daemon.shutdown_handle());
-        info!("QEMU connected to {}", self.path.display());
+        match std::mem::take(&mut self.resumed) {
+            true => info!(
+                "serving the QEMU that is connected to {}",
+                self.path.display()
+            ),
+            false => info!("QEMU connected to {}", self.path.display()),
+        }
 
         let ended = daemon.wait();
         self.stop.connected(None);

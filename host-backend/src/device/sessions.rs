@@ -18,7 +18,8 @@
 //! ```
 //!
 //! A session that is `Gone` but not closed by the guest is *hung up*: the guest is to be told (the port's host
-//! side closes) and no new session begins until it has closed its side.
+//! side closes) and no new session begins until it has closed its side. One that began with a process before this one is
+//! `Gone` from the start: its link died with that.
 
 use std::collections::VecDeque;
 
@@ -74,6 +75,14 @@ impl Sessions {
             end: None,
             owner,
         });
+    }
+
+    /// The guest opened the port to a process before this one.
+    pub(super) fn open_before(&mut self) {
+        self.open();
+        if let Some(last) = self.list.back_mut() {
+            last.owner = Owner::Gone;
+        }
     }
 
     /// The guest closed the port, having made chains available up to `end`; `next` is the next to be taken.

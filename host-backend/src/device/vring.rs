@@ -1,4 +1,4 @@
-//! A virtqueue as the vhost-user server hands it to us, with two cures for what the server does to it.
+//! A virtqueue as the vhost-user server hands it to us, with four cures for what the server does to it.
 //!
 //! [`VringMutex`] is used as it comes, but:
 //!
@@ -9,9 +9,13 @@
 //!   where interrupts go. What the guest was told in between went to the old eventfd, or none, and a driver
 //!   that waits for it would wait for ever. An interrupt without cause costs nothing (libvhost-user does the
 //!   same).
+//! * **A ring that starts is looked at once.** It may have been served by a process that died before it asked for the
+//!   next kick. So the kick's eventfd is written when it comes.
+//! * **A ring that was never told a position goes on where its used ring ends.** That is where the process before this
+//!   one was ([`keeper`](crate::keeper)): buffers are given back in the order in which they are taken, in every ring.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard};
@@ -29,6 +33,8 @@ pub(super) struct Vring {
     inner: VringMutex<Memory>,
     configured: Arc<AtomicBool>,
     kicks: Arc<AtomicU64>,
+    /// The frontend has said where it is to start.
+    placed: Arc<AtomicBool>,
 }
 
 impl Vring {
@@ -75,6 +81,7 @@ impl VringT<Memory> for Vring {
             inner: VringMutex::new(memory, max_queue_size)?,
             configured: Arc::default(),
             kicks: Arc::default(),
+            placed: Arc::default(),
         })
     }
 
@@ -138,10 +145,14 @@ impl VringT<Memory> for Vring {
     }
 
     fn set_queue_next_avail(&self, base: u16) {
+        self.placed.store(true, Ordering::Relaxed);
         self.inner.set_queue_next_avail(base);
     }
 
     fn set_queue_next_used(&self, index: u16) {
+        if !self.placed.load(Ordering::Relaxed) {
+            self.inner.set_queue_next_avail(index);
+        }
         self.inner.set_queue_next_used(index);
     }
 
@@ -162,6 +173,10 @@ impl VringT<Memory> for Vring {
     }
 
     fn set_kick(&self, file: Option<File>) {
+        if let Some(mut kick) = file.as_ref() {
+            // Fails only when the eventfd's counter is full, and then it is signalled already.
+            let _ = kick.write(&1u64.to_ne_bytes());
+        }
         self.inner.set_kick(file);
         // Only now: who sees the number finds the eventfd that it is for, or a later one.
         self.kicks.fetch_add(1, Ordering::Release);

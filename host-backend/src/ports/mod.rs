@@ -37,19 +37,20 @@ const SIZE: PortKind = PortKind::Console {
 const LET_GO: Duration = Duration::from_secs(5);
 
 /// The port for the device, of what the user asked for.
-pub fn port_spec(name: &str) -> PortSpec {
+pub fn port_spec(name: &str, place: &Place) -> PortSpec {
     PortSpec {
         connected: false,
+        memo: place.to_string(),
         ..PortSpec::generic(name)
     }
 }
 
 /// The console's port. Its side looks open even with nobody there: Linux would not stop to write, but spin.
-pub fn console_spec() -> PortSpec {
+pub fn console_spec(place: &Place) -> PortSpec {
     PortSpec {
-        name: CONSOLE.to_owned(),
         kind: SIZE,
-        connected: true,
+        memo: place.to_string(),
+        ..PortSpec::generic(CONSOLE)
     }
 }
 
@@ -117,6 +118,18 @@ impl Ports {
         Ok(())
     }
 
+    /// Joins a port that another process had before to its place again.
+    pub fn serve_again(&self, spec: &PortSpec, port: Port) -> Result<(), PortError> {
+        let place = spec.memo.parse();
+        let place = place.map_err(|error| PortError::Arg(spec.name.clone(), error))?;
+        self.serve(&spec.name, place, port)
+    }
+
+    /// Another process takes over: the guest keeps its ports.
+    pub fn leave(&self) {
+        self.device.leave();
+    }
+
     fn open(&self, name: &str, place: &Place) -> Result<Door, PortError> {
         // A link that a crash left behind is replaced, so it must not be one of ours that is in use.
         let taken = |other: &Served| matches!(place, Place::Pty(Some(_))) && other.place == *place;
@@ -156,7 +169,7 @@ impl Ports {
         }
         // The guest sees the port only when its place is open.
         let door = self.open(&name, &place)?;
-        let port = self.device.add(port_spec(&name))?;
+        let port = self.device.add(port_spec(&name, &place))?;
         self.start(&name, place, door, port);
         Ok(self
             .served

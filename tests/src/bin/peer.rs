@@ -5,6 +5,8 @@
 //! * `peer stall ADDRESS SECONDS`: asks for a flood and reads nothing.
 //! * `peer full ADDRESS`: listens and accepts nobody, with a queue that is full: connecting to it hangs.
 //! * `peer hold PORT-DEVICE SECONDS`: opens the port, says so, and does nothing with it.
+//! * `peer ticks`: prints each time when this process could not run, or its clock stood still, for longer than ever before,
+//!   in microseconds.
 //! * `peer line DEVICE SECONDS in|out|both`: reads from a serial line in raw mode, writes to it, or both, and prints how many
 //!   bytes came in, and in how many microseconds.
 //! * `peer other-version PORT-DEVICE`: opens the port and greets with protocol version 9 only.
@@ -46,6 +48,7 @@ fn main() -> Result<()> {
             std::thread::sleep(Duration::from_secs(seconds.parse()?));
             Ok(())
         }
+        ["ticks"] => ticks(),
         ["line", device, seconds, way] => line(device, Duration::from_secs(seconds.parse()?), way),
         ["other-version", device] => other_version(device),
         ["tap-vsock", faults, listen, connect] => {
@@ -53,7 +56,7 @@ fn main() -> Result<()> {
         }
         ["tap-before", faults, ref command @ ..] => tap::run_before(command, Faults(faults.into())),
         _ => bail!(
-            "usage: peer serve|download|upload|echo|stall|full|hold|line|other-version|tap-... ..."
+            "usage: peer serve|download|upload|echo|stall|full|hold|ticks|line|other-version|tap-... ..."
         ),
     }
 }
@@ -73,6 +76,20 @@ fn full(address: &str) -> Result<()> {
     println!("full after {}", queued.len());
     loop {
         std::thread::park();
+    }
+}
+
+fn ticks() -> ! {
+    const TICK: Duration = Duration::from_millis(5);
+    let mut longest = Duration::ZERO;
+    loop {
+        let begun = Instant::now();
+        std::thread::sleep(TICK);
+        let gap = begun.elapsed();
+        if gap > longest {
+            longest = gap;
+            println!("{}", gap.as_micros());
+        }
     }
 }
 

@@ -76,8 +76,6 @@ pub struct Settings {
     pub connect_timeout: Duration,
     /// How long a client waits for the other end to appear; zero: it is refused at once.
     pub wait_for_peer: Duration,
-    /// How long streams may go on after a request to end.
-    pub grace: Duration,
     /// How long a UDP flow may carry nothing before it is ended.
     pub udp_timeout: Duration,
     /// Limits of the session.
@@ -247,11 +245,12 @@ impl Driver {
         })
     }
 
-    /// Serves `channel` until `stop` becomes true, or the channel ends for good. An error means that it can never work.
+    /// Serves `channel` until `stop` says how long streams may still go on, or the channel ends for good. An error means
+    /// that it can never work.
     pub async fn run(
         mut self,
         mut channel: Box<dyn Channel>,
-        mut stop: watch::Receiver<bool>,
+        mut stop: watch::Receiver<Option<Duration>>,
     ) -> io::Result<()> {
         let mut backoff = BACKOFF.0;
         let mut last_down = None;
@@ -317,11 +316,11 @@ impl Driver {
     async fn open(
         &mut self,
         channel: &mut dyn Channel,
-        stop: &mut watch::Receiver<bool>,
+        stop: &mut watch::Receiver<Option<Duration>>,
     ) -> io::Result<Option<Box<dyn Link>>> {
         let mut opening = pin!(channel.open());
         loop {
-            if *stop.borrow_and_update() {
+            if stop.borrow_and_update().is_some() {
                 return Ok(None);
             }
             self.local_events()?;
@@ -339,13 +338,14 @@ impl Driver {
     async fn serve(
         &mut self,
         link: &mut dyn Link,
-        stop: &mut watch::Receiver<bool>,
+        stop: &mut watch::Receiver<Option<Duration>>,
     ) -> io::Result<Outcome> {
         let mut turns = 0;
         let mut stopping = None;
         loop {
-            if *stop.borrow_and_update() && stopping.is_none() {
-                stopping = Some(self.begin_stop());
+            if stopping.is_none() {
+                let grace = *stop.borrow_and_update();
+                stopping = grace.map(|grace| self.begin_stop(grace));
             }
             let busy = self.turn(link)?;
             if let Some(end) = self.ended.take() {
@@ -411,7 +411,7 @@ impl Driver {
     async fn wait(
         &mut self,
         link: &mut dyn Link,
-        stop: &mut watch::Receiver<bool>,
+        stop: &mut watch::Receiver<Option<Duration>>,
         stopping: Option<&Stopping>,
     ) {
         let stop_step = stopping.map(|stopping| stopping.deadline);
@@ -451,13 +451,13 @@ impl Driver {
     }
 
     /// Stops listening and tells the peer.
-    fn begin_stop(&mut self) -> Stopping {
+    fn begin_stop(&mut self, grace: Duration) -> Stopping {
         info!(streams = self.streams().count(), "ending");
         self.outlets.clear();
         self.refuse_waiting("shutting down");
         self.session.go_away(Reason::ShuttingDown, "");
         Stopping {
-            deadline: Instant::now() + self.settings.grace,
+            deadline: Instant::now() + grace,
             last: false,
         }
     }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
@@ -31,7 +32,7 @@ impl Channel for Handed {
 /// One end under test.
 pub(crate) struct End {
     pub(crate) links: mpsc::UnboundedSender<FdLink>,
-    pub(crate) stop: watch::Sender<bool>,
+    pub(crate) stop: watch::Sender<Option<Duration>>,
     pub(crate) done: tokio::task::JoinHandle<io::Result<()>>,
 }
 
@@ -51,7 +52,7 @@ pub(crate) async fn end_with(
 ) -> End {
     let driver = Driver::new(settings, out, serve).await.unwrap();
     let (links, receiver) = mpsc::unbounded_channel();
-    let (stop, stopped) = watch::channel(false);
+    let (stop, stopped) = watch::channel(None);
     let done = tokio::task::spawn_local(driver.run(Box::new(Handed(receiver)), stopped));
     End { links, stop, done }
 }

@@ -20,11 +20,13 @@ use virtproxy_mux::Config;
 /// Nothing in these tests takes that long.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// How long streams may go on when an end is asked to stop.
+pub(crate) const GRACE: Option<Duration> = Some(Duration::from_millis(200));
+
 pub(crate) fn settings() -> Settings {
     Settings {
         connect_timeout: Duration::from_secs(5),
         wait_for_peer: Duration::from_secs(5),
-        grace: Duration::from_millis(200),
         udp_timeout: Duration::from_secs(60),
         session: Config::default(),
     }

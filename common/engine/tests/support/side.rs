@@ -22,7 +22,7 @@ struct Cli {
 
 /// An end with one channel.
 pub(crate) struct Side {
-    pub(crate) stop: watch::Sender<bool>,
+    pub(crate) stop: watch::Sender<Option<Duration>>,
     pub(crate) done: JoinHandle<io::Result<()>>,
 }
 
@@ -40,7 +40,7 @@ impl Side {
             .await
             .unwrap();
         let channel = channels::make(&options.channels[0], &options, "the hint")?;
-        let (stop, stopped) = watch::channel(false);
+        let (stop, stopped) = watch::channel(None);
         let done = tokio::task::spawn_local(driver.run(channel, stopped));
         Ok(Side { stop, done })
     }

@@ -38,9 +38,8 @@ fn machine() -> Machine {
     let specs = [
         PortSpec::generic("org.example.0"),
         PortSpec {
-            name: String::new(),
             kind: console,
-            connected: true,
+            ..PortSpec::generic("")
         },
     ];
     let mut machine = Machine::new(&specs, 3);
@@ -207,4 +206,52 @@ fn what_makes_no_sense_is_refused_and_what_is_owed_is_bounded() {
         machine.handle(&message(1, PORT_READY, 0)),
         Err(Misuse::PortFailed(1))
     );
+}
+
+/// Saved by one process, read by the next.
+fn handed_over(machine: &Machine) -> Machine {
+    let saved = serde_json::to_vec(machine).unwrap();
+    assert!(saved.len() < crate::keeper::MAX_STATE / 40);
+    let mut machine: Machine = serde_json::from_slice(&saved).unwrap();
+    machine.take_over();
+    machine
+}
+
+#[test]
+fn another_process_hangs_up_on_ports_but_not_on_consoles() {
+    let mut machine = machine();
+    machine.handle(&message(0, DEVICE_READY, 1)).unwrap();
+    sent(&mut machine);
+    for slot in 0..2 {
+        host_open(&mut machine, slot, true);
+        let id = u32::try_from(slot).unwrap();
+        machine.handle(&message(id, PORT_READY, 1)).unwrap();
+        machine.handle(&message(id, PORT_OPEN, 1)).unwrap();
+    }
+    sent(&mut machine);
+    let mut next = handed_over(&machine);
+    assert_eq!(next.port(0).map(|(_, open)| open), Some(true));
+    host_open(&mut next, 0, false);
+    host_open(&mut next, 1, true);
+    assert_eq!(
+        sent(&mut next),
+        [(0, PORT_OPEN, 0, vec![]), (1, PORT_OPEN, 1, vec![])]
+    );
+    let closed = next.handle(&message(0, PORT_OPEN, 0));
+    assert_eq!(closed, Ok(Some(Effect::Closed(0))));
+}
+
+#[test]
+fn another_process_tells_what_was_not_told() {
+    let mut machine = machine();
+    machine.handle(&message(0, DEVICE_READY, 1)).unwrap();
+    let mut next = handed_over(&machine);
+    assert_eq!(
+        sent(&mut next),
+        [(0, DEVICE_ADD, 0, vec![]), (1, DEVICE_ADD, 0, vec![])]
+    );
+    next.remove(0);
+    assert!(!next.is_vacant(0));
+    let mut third = handed_over(&next);
+    assert_eq!(sent(&mut third), [(0, DEVICE_REMOVE, 0, vec![])]);
 }

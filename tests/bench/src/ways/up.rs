@@ -93,7 +93,8 @@ impl Running for Up {
     }
 
     fn processes(&self) -> Vec<u32> {
-        let programs = self.programs.iter().map(Daemon::pid);
+        let family = |program: &Daemon| [vec![program.pid()], program.children()].concat();
+        let programs = self.programs.iter().flat_map(family);
         programs
             .chain(self.device.as_ref().map(VsockDevice::pid))
             .collect()

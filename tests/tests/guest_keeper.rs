@@ -1,0 +1,150 @@
+//! The daemon's worker is killed, or replaced, at random moments under bulk both ways.
+//!
+//! What must hold each time: QEMU lives, the guest goes on, a new connection works soon, and every transfer that ended as if
+//! it were whole was whole. `VIRTPROXY_ROUNDS` says how many times (15).
+
+use std::env;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use virtproxy_tests::measure::Latencies;
+use virtproxy_tests::peer::{self, Caller};
+use virtproxy_tests::scene::{SOON, Scene};
+
+/// Bytes of each transfer: short enough for many to be whole between two ends.
+const BYTES: u64 = 2 << 20;
+
+/// Moments between two ends, in milliseconds.
+const LEAST: u64 = 100;
+const RANGE: u64 = 900;
+
+/// Ticks in the guest, one process on each processor.
+const TICKS: &str =
+    "for cpu in 0 1; do setsid taskset $((cpu+1)) peer ticks >/tmp/ticks.$cpu 2>&1 & done";
+const NO_TICKS: &str =
+    "for p in $(pidof peer); do if grep -q ticks /proc/$p/cmdline; then kill $p; fi; done";
+const LONGEST: &str = "tail -qn 1 /tmp/ticks.*";
+
+#[test]
+#[ignore = "boots a guest: cargo xtask test"]
+fn a_guest_outlives_workers_that_are_killed_or_replaced() -> Result<()> {
+    let scene = Scene::start()?;
+    let rounds = env::var("VIRTPROXY_ROUNDS").ok();
+    let rounds = rounds.map_or(Ok(15), |rounds| rounds.parse())?;
+    end_workers(&scene, "SIGKILL", rounds, || {
+        signal(scene.worker()?, libc::SIGKILL);
+        Ok(())
+    })?;
+    end_workers(&scene, "SIGHUP", rounds, || {
+        signal(scene.daemon.pid(), libc::SIGHUP);
+        Ok(())
+    })
+}
+
+fn signal(pid: u32, number: i32) {
+    // SAFETY: a system call without pointers; the process is the daemon, or its child that it waits for.
+    unsafe { libc::kill(pid.cast_signed(), number) };
+}
+
+/// What the transfers have come to.
+#[derive(Default)]
+struct Counts {
+    whole: AtomicUsize,
+    cut: AtomicUsize,
+    seed: AtomicU64,
+    done: AtomicBool,
+}
+
+impl Counts {
+    /// Transfers until all is done. An error is a byte that was never sent.
+    fn transfer(&self, address: &str, transfer: fn(&str, u64, u64) -> Result<()>) -> Result<()> {
+        while !self.done.load(Ordering::Relaxed) {
+            let seed = self.seed.fetch_add(1, Ordering::Relaxed);
+            match transfer(address, BYTES, seed) {
+                Ok(()) => self.whole.fetch_add(1, Ordering::Relaxed),
+                Err(error) => {
+                    let wrong = format!("{error:#}").contains("differs");
+                    ensure!(!wrong, "{error:#}");
+                    thread::sleep(Duration::from_millis(10));
+                    self.cut.fetch_add(1, Ordering::Relaxed)
+                }
+            };
+        }
+        Ok(())
+    }
+}
+
+fn end_workers(
+    scene: &Scene,
+    how: &str,
+    rounds: usize,
+    end: impl Fn() -> Result<()>,
+) -> Result<()> {
+    let counts = Counts::default();
+    let mut random = Random::new();
+    println!("{how}: seed {}", random.0);
+    scene.guest.check(TICKS)?;
+    let recovery = thread::scope(|threads| {
+        let (counts, address) = (&counts, &scene.peer);
+        let transfers: Vec<_> = [peer::upload, peer::download, peer::echo]
+            .into_iter()
+            .map(|transfer| threads.spawn(move || counts.transfer(address, transfer)))
+            .collect();
+        let recovery = Latencies::timed(rounds, || {
+            thread::sleep(Duration::from_millis(LEAST + random.next() % RANGE));
+            let old = scene.worker()?;
+            let begun = Instant::now();
+            end()?;
+            let call = || {
+                ensure!(scene.worker()? != old, "the worker is still there");
+                Caller::within(&scene.peer, SOON)?.call(b"again")
+            };
+            while let Err(error) = call() {
+                let patient = begun.elapsed() < SOON;
+                ensure!(patient, "nothing works after {how}: {error:#}");
+                thread::sleep(Duration::from_millis(2));
+            }
+            Ok(begun.elapsed())
+        });
+        counts.done.store(true, Ordering::Relaxed);
+        for transfer in transfers {
+            transfer.join().expect("no panic")?;
+        }
+        recovery
+    })?;
+    ensure!(scene.guest.is_running(), "QEMU is gone");
+    let gaps = scene.guest.check(LONGEST)?;
+    let gap = gaps.lines().flat_map(str::parse::<u64>).max();
+    let gap = Duration::from_micros(gap.context("the guest did not tick")?);
+    let (whole, cut) = (counts.whole.into_inner(), counts.cut.into_inner());
+    println!(
+        "{how}, {rounds} times: a new connection works after p50 {:.0?}, p99 {:.0?}, max {:.0?}; the guest's longest gap \
+         {gap:.0?}; {whole} transfers whole, all hashes equal, {cut} cut off",
+        recovery.percentile(0.5),
+        recovery.percentile(0.99),
+        recovery.percentile(1.0),
+    );
+    ensure!(whole > 0, "no transfer was whole");
+    ensure!(gap < SOON, "the guest stood still for {gap:?}");
+    scene.guest.check(NO_TICKS)?;
+    Ok(())
+}
+
+/// Numbers that differ each time.
+struct Random(u64);
+
+impl Random {
+    fn new() -> Self {
+        let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
+        Random(now.as_secs() | 1)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
