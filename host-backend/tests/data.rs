@@ -27,16 +27,21 @@ fn bytes_go_both_ways_at_once_over_every_kind_of_ring() {
                 ports: 1,
                 spare: 0,
             };
-            let (_handle, _port, mut guest, mut host) = connected(setup);
-            let guest = thread::spawn(move || {
-                let out = (&mut Pattern::new(1), TOTAL);
-                guest.exchange(0, out, (&mut Pattern::new(2), TOTAL), |_, _| ());
-                guest
-            });
-            host.exchange((&mut Pattern::new(2), TOTAL), (&mut Pattern::new(1), TOTAL));
-            guest.join().unwrap();
+            let (_handle, _port, guest, mut host) = connected(setup);
+            exchange(guest, &mut host, TOTAL);
         }
     }
+}
+
+/// Moves so many bytes each way at once.
+fn exchange(mut guest: Guest, host: &mut Host, total: usize) {
+    let guest = thread::spawn(move || {
+        let out = (&mut Pattern::new(1), total);
+        guest.exchange(0, out, (&mut Pattern::new(2), total), |_, _| ());
+        guest
+    });
+    host.exchange((&mut Pattern::new(2), total), (&mut Pattern::new(1), total));
+    guest.join().unwrap();
 }
 
 #[test]
@@ -88,17 +93,7 @@ fn every_kind_of_ring_wraps() {
             let mut guest = Guest::boot_at(&path, setup, u16::MAX - 2);
             guest.wait_host_connected(0, true);
             guest.open(0);
-            let mut host = Host::open(&mut port);
-            let guest = thread::spawn(move || {
-                let out = (&mut Pattern::new(11), TOTAL);
-                guest.exchange(0, out, (&mut Pattern::new(12), TOTAL), |_, _| ());
-                guest
-            });
-            host.exchange(
-                (&mut Pattern::new(12), TOTAL),
-                (&mut Pattern::new(11), TOTAL),
-            );
-            guest.join().unwrap();
+            exchange(guest, &mut Host::open(&mut port), TOTAL);
         }
     }
 }

@@ -358,16 +358,21 @@ impl Guest {
     }
 
     pub fn control_raw(&mut self, message: &[u8]) {
-        let head = self.rings[CONTROL_OUT].next_head().unwrap();
-        let buffer = self.buffer(CONTROL_OUT, head);
+        self.send_and_spin(CONTROL_OUT, message, "a control message was not taken");
+    }
+
+    /// Puts bytes in a ring and spins until the device has taken them.
+    fn send_and_spin(&mut self, ring: usize, bytes: &[u8], complaint: &str) {
+        let head = self.rings[ring].next_head().unwrap();
+        let buffer = self.buffer(ring, head);
         self.memory
-            .write_slice(message, GuestAddress(buffer))
+            .write_slice(bytes, GuestAddress(buffer))
             .unwrap();
-        let ring = &mut self.rings[CONTROL_OUT];
-        ring.add(&[(buffer, u32::try_from(message.len()).unwrap())], false)
+        let ring = &mut self.rings[ring];
+        ring.add(&[(buffer, u32::try_from(bytes.len()).unwrap())], false)
             .unwrap();
         ring.notify();
-        ring.spin("a control message was not taken");
+        ring.spin(complaint);
     }
 
     /// Handles the control messages that have come.
@@ -518,18 +523,9 @@ impl Guest {
 
     /// `put_chars`, with which a console is written to: spins until the device has taken it.
     pub fn put_chars(&mut self, port: usize, bytes: &[u8]) {
-        let ring = Self::ring_out(port);
         self.reclaim(port);
-        let head = self.rings[ring].next_head().unwrap();
-        let buffer = self.buffer(ring, head);
-        self.memory
-            .write_slice(bytes, GuestAddress(buffer))
-            .unwrap();
-        let ring = &mut self.rings[ring];
-        ring.add(&[(buffer, u32::try_from(bytes.len()).unwrap())], false)
-            .unwrap();
-        ring.notify();
-        ring.spin("a console's characters were not taken");
+        let ring = Self::ring_out(port);
+        self.send_and_spin(ring, bytes, "a console's characters were not taken");
     }
 
     /// A non-blocking `read` (`fill_readbuf`): at most `max` bytes, of one buffer; it goes back when it was read to its

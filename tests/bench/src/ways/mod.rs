@@ -22,6 +22,9 @@ use crate::results::Kind;
 /// Where the service listens in the guest: on every address, as passt and slirp reach it at the guest's own.
 pub(crate) const PEER: &str = "0.0.0.0:7000";
 
+/// Where a program of the guest reaches it.
+pub(crate) const PEER_INSIDE: &str = "127.0.0.1:7000";
+
 /// A way into the guest.
 pub(crate) trait Way {
     /// Names it, as in `--way KEY`.

@@ -9,7 +9,7 @@ use virtproxy_lab::{
 use virtproxy_tests::scene::new_address;
 
 use super::up::{self, Up};
-use super::{Running, Way};
+use super::{PEER_INSIDE, Running, Way};
 use crate::results::Kind;
 
 /// What the relay calls its port.
@@ -62,7 +62,7 @@ fn boot(device: Vec<String>) -> Result<Guest> {
     let relay = GuestFile::copy(virtproxy_lab::program("relay")?, "/usr/bin/relay");
     let guest = up::boot(GuestOptions::default().device(device).file(relay))?;
     let port = guest.virtio_port(PORT)?;
-    up::start_in(&guest, &format!("relay guest {port} 127.0.0.1:7000"))?;
+    up::start_in(&guest, &format!("relay guest {port} {PEER_INSIDE}"))?;
     Ok(guest)
 }
 

@@ -11,7 +11,7 @@ use virtproxy_tests::scene::{Daemon, new_address};
 
 use super::up::Up;
 use super::virtproxy::start_vhost_user;
-use super::{Running, Way};
+use super::{PEER_INSIDE, Running, Way};
 use crate::results::Kind;
 
 const CIPHER: &str = "aes128-gcm@openssh.com";
@@ -42,7 +42,7 @@ impl Way for Ssh {
                 "-p",
                 port,
             ])
-            .args(["-L", &format!("{address}:127.0.0.1:7000")])
+            .args(["-L", &format!("{address}:{PEER_INSIDE}")])
             .arg(format!("root@{host}"));
         let ssh = Daemon::run(folder, command)?;
         let version = lab.tool_version("ssh", "openssh-client");

@@ -7,13 +7,13 @@ use virtproxy_lab::{DeviceOptions, Guest, GuestOptions, vhost_user_console, virt
 use virtproxy_tests::scene::{Daemon, new_address};
 
 use super::up::{self, Up};
-use super::{Running, Way};
+use super::{PEER_INSIDE, Running, Way};
 use crate::results::Kind;
 
 const PORT: &str = "org.virtproxy.0";
 
 /// The service that is measured, as virtproxy names it, and where it is in the guest.
-const PEER: (&str, &str) = ("peer", "127.0.0.1:7000");
+const SERVICE: (&str, &str) = ("peer", PEER_INSIDE);
 
 /// The host's end is the device.
 pub(super) struct VhostUser;
@@ -29,7 +29,7 @@ impl Way for VhostUser {
 
     fn start(&self, folder: &Path) -> Result<Box<dyn Running>> {
         let address = new_address();
-        let (daemon, guest) = start_vhost_user(folder, PEER, &address)?;
+        let (daemon, guest) = start_vhost_user(folder, SERVICE, &address)?;
         up(guest, "vhost-user", address).program(daemon).works()
     }
 }
@@ -48,9 +48,9 @@ impl Way for OverChardev {
 
     fn start(&self, folder: &Path) -> Result<Box<dyn Running>> {
         let (socket, address) = (folder.join("port"), new_address());
-        let guest = boot(virtserialport(&socket, PORT), PEER)?;
+        let guest = boot(virtserialport(&socket, PORT), SERVICE)?;
         let channel = format!("unix-connect:{}:-", socket.display());
-        let daemon = start_daemon(folder, &channel, PEER, &address)?;
+        let daemon = start_daemon(folder, &channel, SERVICE, &address)?;
         up(guest, "virtserialport", address).program(daemon).works()
     }
 }

@@ -10,7 +10,7 @@ use virtproxy_lab::{GuestOptions, Lab, VsockDevice};
 use virtproxy_tests::scene::new_address;
 
 use super::up::{self, Up};
-use super::{Running, Way};
+use super::{PEER_INSIDE, Running, Way};
 use crate::results::Kind;
 
 /// The guest's context id: the least that a guest can have.
@@ -36,7 +36,7 @@ impl Way for Vsock {
         let guest = up::boot(GuestOptions::default().vsock(device.socket()))?;
         up::start_in(
             &guest,
-            "socat -b 65536 VSOCK-LISTEN:7000,backlog=128,fork TCP:127.0.0.1:7000,nodelay",
+            &format!("socat -b 65536 VSOCK-LISTEN:7000,backlog=128,fork TCP:{PEER_INSIDE},nodelay"),
         )?;
         let socket = device.uds().display().to_string();
         let connector = up::own(folder, "rival", &["vsock", &socket, "7000", &address])?;

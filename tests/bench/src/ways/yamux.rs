@@ -7,7 +7,7 @@ use virtproxy_lab::{GuestFile, GuestOptions, virtserialport};
 use virtproxy_tests::scene::new_address;
 
 use super::up::{self, Up};
-use super::{Running, Way};
+use super::{PEER_INSIDE, Running, Way};
 use crate::results::Kind;
 
 const PORT: &str = "yamux";
@@ -32,7 +32,7 @@ impl Way for Yamux {
         let device = virtserialport(&socket, PORT);
         let guest = up::boot(GuestOptions::default().device(device).file(rival))?;
         let port = guest.virtio_port(PORT)?;
-        up::start_in(&guest, &format!("rival yamux guest {port} 127.0.0.1:7000"))?;
+        up::start_in(&guest, &format!("rival yamux guest {port} {PEER_INSIDE}"))?;
         let path = socket.display().to_string();
         let host = up::own(folder, "rival", &["yamux", "host", &path, &address])?;
         Up::new("yamux 0.14 (virtserialport)".to_owned(), guest, address)
