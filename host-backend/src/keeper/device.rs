@@ -23,6 +23,8 @@ use std::time::Duration;
 
 use rustix::event::PollFlags;
 use tracing::{info, warn};
+use virtproxy_engine::program::Failure;
+use virtproxy_engine::spec::ChannelSpec;
 use virtproxy_engine::unix_socket::{self, ListenError, SocketFile};
 
 use super::leash;
@@ -36,6 +38,7 @@ const BACKLOG: i32 = 16;
 const PAUSE: Duration = Duration::from_millis(50);
 
 pub(super) struct Device {
+    spec: ChannelSpec,
     path: PathBuf,
     door: Door,
     /// Where QEMU connects: from when a worker first was ready.
@@ -69,10 +72,12 @@ struct Connection {
 }
 
 impl Device {
-    pub(super) fn new(path: &Path) -> Result<Self, ListenError> {
+    pub(super) fn new(spec: &ChannelSpec) -> Result<Self, Failure> {
+        let path = PathBuf::from(&spec.addr);
         Ok(Device {
-            path: path.to_owned(),
-            door: Door::new(path)?,
+            door: Door::new(&path).map_err(|error| failure(spec, error))?,
+            spec: spec.clone(),
+            path,
             socket: None,
             state: Vec::new(),
             frontend: Frontend::Nobody,
@@ -104,10 +109,11 @@ impl Device {
     }
 
     /// This is the worker's last word on what it told the guest. It also means that QEMU may come.
-    pub(super) fn set_state(&mut self, state: Vec<u8>) -> Result<(), ListenError> {
+    pub(super) fn set_state(&mut self, state: Vec<u8>) -> Result<(), Failure> {
         self.state = state;
         if self.socket.is_none() {
-            let (listener, file) = listen(&self.path)?;
+            let (listener, file) =
+                listen(&self.path).map_err(|error| failure(&self.spec, error))?;
             info!("waiting for QEMU on {}", self.path.display());
             self.socket = Some(Socket {
                 _file: file,
@@ -312,6 +318,13 @@ impl Door {
 }
 
 /// A listener that nobody waits for.
+fn failure(spec: &ChannelSpec, error: ListenError) -> Failure {
+    Failure::Channel {
+        channel: spec.to_string(),
+        source: io::Error::other(error),
+    }
+}
+
 fn listen(path: &Path) -> Result<(UnixListener, SocketFile), ListenError> {
     let (listener, file) = unix_socket::listen(path, BACKLOG)?;
     let failed = |source| ListenError::System {

@@ -40,7 +40,6 @@ mod worker;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
 use std::process::{ExitCode, ExitStatus};
 use std::time::{Duration, Instant};
 
@@ -81,12 +80,7 @@ const NO_CHANNEL: u8 = 4;
 /// A device or the first worker cannot be had.
 pub fn run(channels: &[&ChannelSpec]) -> Result<ExitCode, Failure> {
     let signals = Signals::new()?;
-    let devices = channels.iter().map(|spec| {
-        Device::new(Path::new(&spec.addr)).map_err(|error| Failure::Channel {
-            channel: spec.to_string(),
-            source: io::Error::other(error),
-        })
-    });
+    let devices = channels.iter().map(|spec| Device::new(spec));
     let mut keeper = Keeper {
         signals,
         recipe: Recipe::new()?,
