@@ -68,6 +68,7 @@ fn streams_survive_a_pause_and_end_with_whatever_else_happens() -> Result<()> {
     agent_terminated(&scene)?;
     port_busy(&scene)?;
     driver_unbound(&scene)?;
+    guest_suspended(&scene)?;
     guest_reset(&scene)?;
     qemu_replaced(&mut scene)?;
     daemon_terminated(&mut scene)
@@ -199,6 +200,32 @@ fn driver_unbound(scene: &Scene) -> Result<()> {
     old.wait_end(SOON)?;
     all_cut_off(traffic)?;
     check_new_streams(scene, first, "unbind and bind of the driver")
+}
+
+/// Suspends to memory (S3) and wakes up: the driver comes back with new rings and opens what was open.
+fn guest_suspended(scene: &Scene) -> Result<()> {
+    if !scene.guest.check("cat /sys/power/state")?.contains("mem")
+        || !scene
+            .guest
+            .check("cat /sys/power/mem_sleep")?
+            .contains("deep")
+    {
+        println!("NOT TESTED: this guest cannot suspend to memory");
+        return Ok(());
+    }
+    let (traffic, old) = (start_traffic(scene), Caller::new(&scene.peer)?);
+    let sessions = scene.sessions();
+    scene
+        .guest
+        .check("echo deep >/sys/power/mem_sleep; (sleep 0.3; echo mem >/sys/power/state) >/dev/null 2>&1 &")?;
+    scene.guest.event("SUSPEND", 3 * SOON)?;
+    std::thread::sleep(Duration::from_millis(500));
+    scene.guest.qmp("system_wakeup", json!({}))?;
+    scene.guest.event("WAKEUP", SOON)?;
+    let first = scene.wait_session(sessions + 1)?;
+    old.wait_end(SOON)?;
+    all_cut_off(traffic)?;
+    check_new_streams(scene, first, "suspension to memory")
 }
 
 fn guest_reset(scene: &Scene) -> Result<()> {

@@ -29,7 +29,9 @@
 //! that the guest says of such a slot meanwhile counts.
 //!
 //! PORT_READY of a port that is ready means that the driver set the port up anew (Linux does so when it wakes from
-//! suspension, and then opens what was open): the port is closed first. So is a port that is opened twice.
+//! suspension, and then opens what was open): the port is closed first. So is a port that is opened twice. A program that
+//! had it open before the guest slept is in the middle of something that our end knows nothing of any more: unless it can
+//! live with that, it is hung up on.
 //!
 //! The guest need not have given us buffers to answer in, and a rogue one can ask for ever. So there is no queue of
 //! answers: each port notes what it *owes* the guest, at most one message of each kind, and
@@ -60,6 +62,8 @@ pub(super) enum Effect {
     Started,
     /// The guest opened the port. If it is open already, the guest closed it without saying so.
     Opened(usize),
+    /// The guest's driver opened the port anew for a program that had it open, and that has to begin anew.
+    Resumed(usize),
     /// The guest closed the port.
     Closed(usize),
 }
@@ -106,6 +110,9 @@ struct Port {
     /// Whether our side is open, and whether the guest was told so.
     host_open: bool,
     told_open: bool,
+    /// The driver has set the port up anew under a program that has it open, and is about to say so.
+    #[serde(default)]
+    woken: bool,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -287,6 +294,7 @@ impl Machine {
             (PORT_READY, _) => {
                 let was = std::mem::replace(&mut port.stage, Stage::Closed);
                 port.introduce();
+                port.woken = was == Stage::Open && !port.spec.resumable;
                 Ok((was == Stage::Open).then_some(Effect::Closed(index)))
             }
             (PORT_OPEN, 0) if port.stage == Stage::Added => Ok(None),
@@ -297,6 +305,10 @@ impl Machine {
             }
             (PORT_OPEN, _) => {
                 port.stage = Stage::Open;
+                if std::mem::take(&mut port.woken) {
+                    port.owes.hang_up = true;
+                    return Ok(Some(Effect::Resumed(index)));
+                }
                 Ok(Some(Effect::Opened(index)))
             }
             _ => Err(Misuse::Unknown { id, event, value }),
@@ -377,6 +389,7 @@ impl Port {
             owes: Owes::default(),
             host_open: false,
             told_open: false,
+            woken: false,
         }
     }
 
@@ -414,6 +427,7 @@ impl Port {
         self.stage = Stage::Unknown;
         self.owes = Owes::default();
         self.told_open = false;
+        self.woken = false;
     }
 
     /// The driver has the port and knows nothing about it.

@@ -236,6 +236,7 @@ impl Listener<'_> {
                 self.ports.iter().for_each(Cell::driver_started);
             }
             Ok(Some(Effect::Opened(port))) => self.ports[port].guest_opened(),
+            Ok(Some(Effect::Resumed(port))) => self.ports[port].guest_resumed(),
             Ok(Some(Effect::Closed(port))) => self.ports[port].guest_closed(),
             Err(misuse) => self.refuse(misuse),
         }

@@ -101,6 +101,9 @@ pub struct PortSpec {
     pub kind: PortKind,
     /// Whether the host's side looks open to the guest until [`Port::set_connected`] says otherwise.
     pub connected: bool,
+    /// Whether a program that has it open can go on after the guest slept. Any other is hung up on, and has to open it anew.
+    #[serde(default)]
+    pub resumable: bool,
     /// What whoever serves the port wants to know of it again when another process takes over.
     pub memo: String,
 }
@@ -112,6 +115,7 @@ impl PortSpec {
             name: name.into(),
             kind: PortKind::Generic,
             connected: true,
+            resumable: false,
             memo: String::new(),
         }
     }

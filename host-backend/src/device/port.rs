@@ -214,6 +214,15 @@ impl Cell {
         });
     }
 
+    /// The guest's driver opened the port anew for a program that had it open. That is told that nobody is there.
+    pub(super) fn guest_resumed(&self) {
+        self.note("guest woke up with the port open; it is hung up on");
+        self.change(|state| {
+            state.close();
+            state.sessions.open_before();
+        });
+    }
+
     /// The guest closed the port. On return nothing more goes into the ring to it.
     pub(super) fn guest_closed(&self) {
         self.note("guest closed the port");

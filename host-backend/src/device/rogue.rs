@@ -720,6 +720,7 @@ fn console() -> PortSpec {
             rows: 25,
         },
         connected: true,
+        resumable: true,
         memo: String::new(),
     }
 }

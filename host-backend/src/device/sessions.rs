@@ -77,7 +77,7 @@ impl Sessions {
         });
     }
 
-    /// The guest opened the port to a process before this one.
+    /// The guest opened the port to a process before this one, or before it slept.
     pub(super) fn open_before(&mut self) {
         self.open();
         if let Some(last) = self.list.back_mut() {

@@ -40,6 +40,7 @@ const LET_GO: Duration = Duration::from_secs(5);
 pub fn port_spec(name: &str, place: &Place) -> PortSpec {
     PortSpec {
         connected: false,
+        resumable: true,
         memo: place.to_string(),
         ..PortSpec::generic(name)
     }
@@ -49,6 +50,7 @@ pub fn port_spec(name: &str, place: &Place) -> PortSpec {
 pub fn console_spec(place: &Place) -> PortSpec {
     PortSpec {
         kind: SIZE,
+        resumable: true,
         memo: place.to_string(),
         ..PortSpec::generic(CONSOLE)
     }

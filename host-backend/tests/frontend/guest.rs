@@ -432,6 +432,16 @@ impl Guest {
         }
     }
 
+    /// Waits until it has been told that the host closed its side, which it may have thought of as closed.
+    pub fn wait_host_closes(&mut self, port: usize) {
+        let told = |message: &Control| {
+            message.id as usize == port && message.event == PORT_OPEN && message.value == 0
+        };
+        self.wait_control("the host closes the port", |guest| {
+            guest.heard.iter().any(told)
+        });
+    }
+
     pub fn wait_host_connected(&mut self, port: usize, connected: bool) {
         let what = if connected {
             "the host opened the port"

@@ -39,6 +39,7 @@ fn machine() -> Machine {
         PortSpec::generic("org.example.0"),
         PortSpec {
             kind: console,
+            resumable: true,
             ..PortSpec::generic("")
         },
     ];
@@ -91,6 +92,23 @@ fn opening_and_closing_have_effects_once() {
     machine.handle(&open).unwrap();
     let ready = machine.handle(&message(0, PORT_READY, 1));
     assert_eq!(ready, Ok(Some(Effect::Closed(0))), "set up anew");
+}
+
+#[test]
+fn who_slept_with_the_port_open_is_hung_up_on() {
+    let mut machine = machine();
+    for id in [0, 1] {
+        machine.handle(&message(id, PORT_READY, 1)).unwrap();
+        machine.handle(&message(id, PORT_OPEN, 1)).unwrap();
+        machine.handle(&message(id, PORT_READY, 1)).unwrap();
+    }
+    sent(&mut machine);
+    let open = |id| message(id, PORT_OPEN, 1);
+    assert_eq!(machine.handle(&open(0)), Ok(Some(Effect::Resumed(0))));
+    assert_eq!(sent(&mut machine)[0], (0, PORT_OPEN, 0, vec![]));
+    assert_eq!(machine.handle(&open(0)), Ok(Some(Effect::Opened(0))));
+    let console = machine.handle(&open(1));
+    assert_eq!(console, Ok(Some(Effect::Opened(1))), "it goes on");
 }
 
 #[test]
