@@ -190,14 +190,20 @@ impl Failure {
 /// Makes the channel that a `-c` names. Called on the engine's thread, in a `LocalSet`.
 pub type MakeChannel<'m> = &'m dyn Fn(&ChannelSpec, &Options) -> io::Result<Box<dyn Channel>>;
 
+/// Called once when everything that the flags name is open and listened on, and nothing is served yet. Until then the
+/// program has this one thread.
+pub type Ready<'r> = &'r dyn Fn() -> io::Result<()>;
+
 /// Runs a program until it is asked to end. `product` is its name and version.
-pub fn run(product: &str, options: &Options, make: MakeChannel<'_>) -> ExitCode {
+pub fn run(product: &str, options: &Options, make: MakeChannel<'_>, ready: Ready<'_>) -> ExitCode {
     start_log(options.verbose);
     let result = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(Failure::Io)
-        .and_then(|runtime| LocalSet::new().block_on(&runtime, serve(product, options, make)));
+        .and_then(|runtime| {
+            LocalSet::new().block_on(&runtime, serve(product, options, make, ready))
+        });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -225,7 +231,12 @@ fn start_log(verbose: u8) {
         .init();
 }
 
-async fn serve(product: &str, options: &Options, make: MakeChannel<'_>) -> Result<(), Failure> {
+async fn serve(
+    product: &str,
+    options: &Options,
+    make: MakeChannel<'_>,
+    ready: Ready<'_>,
+) -> Result<(), Failure> {
     if let Err(error) = raise_descriptor_limit() {
         debug!("cannot raise the limit of open files: {error}");
     }
@@ -233,7 +244,7 @@ async fn serve(product: &str, options: &Options, make: MakeChannel<'_>) -> Resul
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
 
-    let mut drivers = JoinSet::new();
+    let mut prepared = Vec::new();
     for (index, spec) in options.channels.iter().enumerate() {
         let out = forwards("-o", &options.out, &options.channels, index)?;
         let serve = forwards("-i", &options.serve, &options.channels, index)?;
@@ -248,12 +259,16 @@ async fn serve(product: &str, options: &Options, make: MakeChannel<'_>) -> Resul
                 ..Config::default()
             },
         };
-        let driver = Driver::new(settings, &out, &serve).await?;
+        let driver = Driver::new(settings, &out, &serve)?;
         let named = |source| Failure::Channel {
             channel: spec.to_string(),
             source,
         };
-        let channel = make(spec, options).map_err(named)?;
+        prepared.push((driver, make(spec, options).map_err(named)?));
+    }
+    ready()?;
+    let mut drivers = JoinSet::new();
+    for (driver, channel) in prepared {
         let name = channel.name().to_owned();
         let stopped = stopped.clone();
         drivers.spawn_local(async move {
