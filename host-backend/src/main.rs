@@ -17,10 +17,11 @@ use virtproxy_engine::channels;
 use virtproxy_engine::program::{self, CHANNELS, EXIT_CODES, Options};
 use virtproxy_engine::spec::{ChannelSpec, Method};
 use virtproxy_engine::unix_socket;
+use virtproxy_host::confine::EXIT_CODE as DENIED;
 use virtproxy_host::device::{Device, Port};
 use virtproxy_host::ports::Ports;
 
-use cli::{Beside, Command, MUX_PORT, Tuning};
+use cli::{Beside, Command, MUX_PORT, Sandbox, Tuning};
 
 const PRODUCT: &str = concat!("virtproxy ", env!("CARGO_PKG_VERSION"));
 
@@ -56,7 +57,7 @@ num_vqs=4,config_size=12,vq_size=1024
 #[command(
     name = "virtproxy",
     version,
-    after_help = format!("{CHANNELS}\n\n{EXAMPLES}\n\n{EXIT_CODES}"),
+    after_help = format!("{CHANNELS}\n\n{EXAMPLES}\n\n{EXIT_CODES}\n  {DENIED}  the sandbox does not allow a system call"),
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
     subcommand_value_name = "COMMAND"
@@ -67,6 +68,9 @@ struct Cli {
 
     #[command(flatten)]
     beside: Beside,
+
+    #[command(flatten)]
+    sandbox: Sandbox,
 
     #[command(flatten)]
     tuning: Tuning,
@@ -84,9 +88,12 @@ fn main() -> ExitCode {
         let mut command = Cli::command();
         command.error(ErrorKind::ArgumentConflict, message).exit();
     }
-    program::run(PRODUCT, &cli.options, &|spec, options| {
-        make_channel(spec, options, &cli.beside, &cli.tuning)
-    })
+    program::run(
+        PRODUCT,
+        &cli.options,
+        &|spec, options| make_channel(spec, options, &cli.beside, &cli.tuning),
+        &|| cli.sandbox.enter(&cli.options, &cli.beside),
+    )
 }
 
 fn make_channel(
@@ -122,14 +129,14 @@ struct MuxPort {
     port: Port,
     name: String,
     /// The device is there as long as these are.
-    _ports: Rc<Ports>,
+    ports: Rc<Ports>,
 }
 
 impl MuxPort {
     fn start(spec: &ChannelSpec, beside: &Beside, tuning: &Tuning) -> io::Result<Self> {
         let specs = beside.specs();
         let room = beside.room();
-        let (device, ports) = Device::start(&spec.addr, specs, room).map_err(io::Error::other)?;
+        let (device, ports) = Device::bind(&spec.addr, specs, room).map_err(io::Error::other)?;
         info!(
             "{spec}: QEMU's -device line must say num_vqs={}",
             device.queues()
@@ -150,14 +157,18 @@ impl MuxPort {
         Ok(MuxPort {
             port,
             name: spec.to_string(),
-            _ports: beside_mux,
+            ports: beside_mux,
         })
     }
 }
 
 impl Channel for MuxPort {
     fn open(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Link>>> {
-        self.port.open()
+        // Only now is the program in its sandbox, and may have the device's threads.
+        match self.ports.serve_device() {
+            Ok(()) => self.port.open(),
+            Err(error) => Box::pin(std::future::ready(Err(error))),
+        }
     }
 
     fn name(&self) -> &str {

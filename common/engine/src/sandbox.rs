@@ -2,6 +2,7 @@
 //!
 //! The program that has one tells ([`entered`]); a process never leaves it.
 
+use std::error::Error;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,13 +13,38 @@ pub fn entered() {
     ENTERED.store(true, Ordering::Relaxed);
 }
 
-/// What to append to the message about `error`: a cure, if the sandbox may be the cause.
+/// What to append to the message about `error`: a cure, if the sandbox may be the cause of it.
 pub fn hint(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied if ENTERED.load(Ordering::Relaxed) => {
-            "; it may be the sandbox, which allows what the flags named at the start, to the user it runs as: see \
-             --user and --no-sandbox"
+    match ENTERED.load(Ordering::Relaxed) && is_denial(error) {
+        true => {
+            "; it may be the sandbox, which allows what the flags named at the start, to the user it runs as: see --user \
+             and --no-sandbox"
         }
-        _ => "",
+        false => "",
+    }
+}
+
+fn is_denial(error: &(dyn Error + 'static)) -> bool {
+    let io = error.downcast_ref::<io::Error>();
+    io.is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+        || error.source().is_some_and(is_denial)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unix_socket::ListenError;
+
+    #[test]
+    fn a_denial_is_found_beneath_what_was_made_of_it() {
+        let listening = |kind: io::ErrorKind| {
+            io::Error::other(ListenError::System {
+                path: "/run/s".into(),
+                source: kind.into(),
+            })
+        };
+        assert!(is_denial(&io::ErrorKind::PermissionDenied.into()));
+        assert!(is_denial(&listening(io::ErrorKind::PermissionDenied)));
+        assert!(!is_denial(&listening(io::ErrorKind::AddrInUse)));
     }
 }

@@ -159,6 +159,17 @@ impl Device {
         specs: Vec<PortSpec>,
         room: usize,
     ) -> Result<(DeviceHandle, Vec<Port>), StartError> {
+        let (handle, ports) = Self::bind(path, specs, room)?;
+        handle.serve()?;
+        Ok((handle, ports))
+    }
+
+    /// The same, but it only listens until [`DeviceHandle::serve`], and has no thread.
+    pub fn bind(
+        path: impl AsRef<Path>,
+        specs: Vec<PortSpec>,
+        room: usize,
+    ) -> Result<(DeviceHandle, Vec<Port>), StartError> {
         if specs.is_empty() || specs.len() > MAX_PORTS {
             return Err(StartError::Ports(specs.len()));
         }
@@ -183,14 +194,11 @@ impl Device {
                 .collect(),
             poke: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
         });
-        let server = Server::start(path, shared.clone())?;
+        let server = Server::bind(path, shared.clone())?;
         let ports = (0..specs.len())
             .map(|index| Port::new(&shared, index))
             .collect();
-        let handle = DeviceHandle {
-            shared,
-            _server: server,
-        };
+        let handle = DeviceHandle { shared, server };
         Ok((handle, ports))
     }
 }
@@ -215,10 +223,15 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// guest is given a moment to notice: without ports its kernel has nothing to say.
 pub struct DeviceHandle {
     shared: Arc<Shared>,
-    _server: Server,
+    server: Server,
 }
 
 impl DeviceHandle {
+    /// Serves QEMU from now on, if that is not done yet.
+    pub fn serve(&self) -> io::Result<()> {
+        self.server.serve()
+    }
+
     /// Gives the guest one more port.
     pub fn add(&self, spec: PortSpec) -> Result<Port, StartError> {
         check_name(&spec)?;

@@ -28,15 +28,23 @@ const PAUSE_MS: i32 = 500;
 /// Connections that wait while one is served.
 const BACKLOG: i32 = 16;
 
-/// The thread that serves the socket. Dropping it ends the thread and removes the socket.
-#[derive(Debug)]
+/// The socket, and the thread that serves it. Dropping it ends the thread and removes the socket.
 pub(super) struct Server {
     stop: Arc<Stop>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Serving>,
+}
+
+enum Serving {
+    NotYet(Service),
+    Since(JoinHandle<()>),
+    /// There can be no thread for it.
+    Never,
 }
 
 impl Server {
-    pub(super) fn start(path: &Path, shared: Arc<Shared>) -> Result<Self, StartError> {
+    /// Listens on `path`; whoever connects waits until [`serve`](Self::serve).
+    pub(super) fn bind(path: &Path, shared: Arc<Shared>) -> Result<Self, StartError> {
+        unix_socket::check_folder(path)?;
         let (listener, file) = unix_socket::listen(path, BACKLOG)?;
         let stop = Arc::new(Stop {
             wanted: AtomicBool::new(false),
@@ -50,20 +58,36 @@ impl Server {
             shared,
             stop: stop.clone(),
         };
-        let thread = thread::Builder::new()
-            .name("vhost-user".to_owned())
-            .spawn(move || service.run())?;
         Ok(Server {
             stop,
-            thread: Some(thread),
+            thread: Mutex::new(Serving::NotYet(service)),
         })
+    }
+
+    /// Starts the thread, if it does not run yet.
+    pub(super) fn serve(&self) -> io::Result<()> {
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        match std::mem::replace(&mut *thread, Serving::Never) {
+            Serving::NotYet(service) => {
+                let started = thread::Builder::new()
+                    .name("vhost-user".to_owned())
+                    .spawn(move || service.run())?;
+                *thread = Serving::Since(started);
+            }
+            other => *thread = other,
+        }
+        Ok(())
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.stop();
-        if let Some(thread) = self.thread.take() {
+        let thread = self
+            .thread
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Serving::Since(thread) = std::mem::replace(thread, Serving::Never) {
             let _ = thread.join();
         }
     }
