@@ -58,7 +58,6 @@ pub fn enter(needs: &Needs, user: Option<&str>) -> Result<(), ConfineError> {
     let layer = |name| move |error| ConfineError::Layer(name, error);
     only_thread()?;
     let becomes = User::choose(user, needs)?;
-    look_up_once(needs);
     // Its rules are made while every file can still be seen.
     let files = landlock::Rules::new(needs).map_err(layer("Landlock"))?;
     let filters = seccomp::Filters::new(needs).map_err(layer("seccomp"))?;
@@ -94,15 +93,6 @@ fn only_thread() -> Result<(), ConfineError> {
     match threads {
         1 => Ok(()),
         more => Err(ConfineError::Threads(more)),
-    }
-}
-
-/// Has the C library load what it looks names up with, while it can.
-fn look_up_once(needs: &Needs) {
-    use std::net::ToSocketAddrs;
-    for name in needs.names() {
-        // Whether there is such a name (yet) is asked again when it is used.
-        let _ = (name, 0).to_socket_addrs();
     }
 }
 

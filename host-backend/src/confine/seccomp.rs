@@ -5,8 +5,8 @@
 //! such as the kind of a socket, is left only with those in the list; the calls that carry bytes are left as they are, and
 //! the kernel then does not run the filter for them at all.
 //!
-//! A call that is not left raises SIGSYS. Its handler says which one, and ends the program with [`EXIT_CODE`]; who blocks
-//! or replaces it gains nothing, as the call is not made. The filter also has the kernel write each such call to its audit
+//! A call that is not left raises SIGSYS. Its handler says which one, and ends the program with [`EXIT_CODE`]. Who replaces
+//! the handler gains nothing, as the call is not made; where the signal is blocked the kernel kills the process. The filter also has the kernel write each such call to its audit
 //! log, where there is one.
 //!
 //! `clone3` has its flags in memory, where a filter cannot see them: it looks as if the kernel did not have it, and the C
@@ -109,6 +109,9 @@ const FILES: &[libc::c_long] = &[
 
 /// Ports that are added: their sockets' modes and links.
 const MAKING: &[libc::c_long] = &[libc::SYS_fchmod, libc::SYS_symlinkat];
+
+/// Terminals: one is locked against other programs.
+const LOCKING: &[libc::c_long] = &[libc::SYS_flock];
 
 /// What this architecture has in older forms too.
 #[cfg(target_arch = "x86_64")]
@@ -220,6 +223,9 @@ fn rules(needs: &Needs) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::
     if needs.adds_ports() {
         allow(MAKING);
         allow(older::MAKING);
+    }
+    if needs.terminals() {
+        allow(LOCKING);
     }
     if needs.binds() {
         allow(&[libc::SYS_bind, libc::SYS_listen]);
