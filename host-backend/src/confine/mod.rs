@@ -8,10 +8,10 @@
 //! | layer | what it takes away |
 //! | --- | --- |
 //! | `PR_SET_NO_NEW_PRIVS` | gaining rights by running a program |
-//! | capabilities ([`caps`]) | all of them, in every set |
-//! | user ([`user`]) | root's files: who starts as root goes on as `--user` says, else as `nobody` where that can be |
-//! | Landlock ([`landlock`]) | files, devices, TCP ports, other processes and abstract sockets, but for those in [`Needs`] |
-//! | seccomp ([`seccomp`]) | system calls, and kinds of sockets, but for those in [`Needs`] |
+//! | capabilities (`caps`) | all of them, in every set |
+//! | user (`user`) | root's files: who starts as root goes on as `--user` says, else as `nobody` where that can be |
+//! | Landlock (`landlock`) | files, devices, TCP ports, other processes and abstract sockets, but for those in [`Needs`] |
+//! | seccomp (`seccomp`) | system calls, and kinds of sockets, but for those in [`Needs`] |
 //!
 //! [`Needs`] is made from the flags alone: sockets that listen are open by then and cost no right. What is left are the
 //! ports that are connected to, the folders of our own socket files, which are removed at the end, and so on.

@@ -26,7 +26,7 @@ pub(super) enum Use {
     Reach,
 }
 
-/// See the [module](self).
+/// What the program still has to do after its start.
 #[derive(Debug, Default)]
 pub struct Needs {
     paths: BTreeSet<(PathBuf, Use)>,

@@ -257,6 +257,7 @@ fn rules(needs: &Needs) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::
         one_of(1, &mut FCNTL.iter().copied().map(number))?,
     );
     let terminals = if needs.terminals() { TERMINALS } else { &[] };
+    #[allow(clippy::unnecessary_cast, reason = "it is another type with musl")]
     let ioctls = &mut IOCTLS.iter().chain(terminals).map(|ioctl| *ioctl as u64);
     rules.insert(libc::SYS_ioctl, one_of(1, ioctls)?);
     let named = &mut [number(libc::PR_SET_NAME), PR_SET_VMA].into_iter();

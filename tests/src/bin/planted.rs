@@ -101,7 +101,7 @@ impl Deed {
             Deed::Run { program } => Command::new(program).status().map(drop),
             Deed::Read { file } => fs::read(file).map(drop),
             Deed::Write { file } => File::options()
-                .write(true)
+                .append(true)
                 .create(true)
                 .open(file)
                 .map(drop),
