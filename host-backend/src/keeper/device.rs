@@ -70,6 +70,7 @@ struct Connection {
 
 impl Device {
     pub(super) fn new(path: &Path) -> Result<Self, ListenError> {
+        unix_socket::check_folder(path)?;
         Ok(Device {
             path: path.to_owned(),
             door: Door::new(path)?,

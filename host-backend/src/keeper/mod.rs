@@ -40,6 +40,7 @@ mod worker;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{ExitCode, ExitStatus};
 use std::time::{Duration, Instant};
@@ -51,6 +52,7 @@ use tracing::{debug, error, info, warn};
 use virtproxy_engine::program::Failure;
 use virtproxy_engine::spec::ChannelSpec;
 
+use crate::confine::EXIT_CODE as DENIED;
 use device::Device;
 use leash::Word;
 pub use leash::{Inherited, Kept};
@@ -289,7 +291,10 @@ impl Keeper {
             self.begin(next);
             return None;
         }
-        let code = code.filter(|code| *code != REPLACED);
+        // A call that was denied is a crash like any other; but what the first one tries, the next would try again.
+        let ends = |code: &u8| *code != REPLACED && (*code != DENIED || !self.served);
+        let denied = code == Some(DENIED) || status.signal() == Some(libc::SIGSYS);
+        let code = code.filter(ends);
         if code.is_some() && (worker.began || !self.served) {
             return code;
         }
@@ -298,8 +303,12 @@ impl Keeper {
             self.pause = Duration::ZERO;
         }
         warn!(
-            "the worker (process {}) ended after {lasted:.1?} with {status}; QEMU is kept, another one starts{}",
+            "the worker (process {}) ended after {lasted:.1?} with {status}{}; QEMU is kept, another one starts{}",
             worker.pid(),
+            match denied {
+                true => ", as the sandbox denied it a system call",
+                false => "",
+            },
             match self.pause {
                 Duration::ZERO => String::new(),
                 pause => format!(" in {pause:?}"),
