@@ -1,5 +1,6 @@
 //! What is the host's own on the command line: ports beside the mux, and commands for a running program.
 
+use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -177,10 +178,18 @@ impl Beside {
         [mux].into_iter().chain(console).chain(ports).collect()
     }
 
-    /// Whether a port, with its place, is one of these.
+    /// Whether a port, with its place, is one of these. Not if the place has become a link: a program that may add ports
+    /// may make links, and so may who takes it over.
     pub(crate) fn has(&self, spec: &PortSpec) -> bool {
-        let same = |own: &PortSpec| (&own.name, &own.memo) == (&spec.name, &spec.memo);
-        self.specs().iter().any(same)
+        let is_link =
+            |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|file| file.is_symlink());
+        let is_planted = |place: &Place| match place {
+            Place::File(path) => self.admin.is_some() && is_link(path),
+            _ => false,
+        };
+        self.served().any(|(_, name, place)| {
+            name == spec.name && place.to_string() == spec.memo && !is_planted(place)
+        })
     }
 
     /// Flag, name and place of each port but that of the mux, in the same order.

@@ -194,7 +194,7 @@ impl MuxPort {
         let (_, mut port) = ports.next().expect("the mux port comes first");
         port.set_busy_poll(tuning.busy_poll());
         // What the last worker said may be an attacker's. So only what the flags say too is opened with all rights.
-        let (ports, added): (Vec<_>, _) = ports.partition(|(spec, _)| beside.has(spec));
+        let (ports, added): (Vec<_>, _) = ports.partition(|(spec, _)| first || beside.has(spec));
         for (spec, port) in ports {
             match beside_mux.serve_again(&spec, port) {
                 Ok(()) => {}

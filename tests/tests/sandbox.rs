@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, UdpSocket};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -18,6 +18,8 @@ use virtproxy_tests::{creds, peer};
 
 /// `nobody`, by Linux's custom.
 const NOBODY: u32 = 65534;
+/// What a keeper's capabilities may be: those to start workers with.
+const STARTING: u64 = 0x5ee;
 /// How the program exits when a system call is not allowed.
 const DENIED: i32 = 5;
 const MIB: u64 = 1 << 20;
@@ -300,8 +302,8 @@ fn both_ways(one: OwnedFd, other: OwnedFd) {
 }
 
 /// The value of a line in `/proc/PID/status`.
-fn status(daemon: &Daemon, key: &str) -> Result<String> {
-    let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid()))?;
+fn status(process: u32, key: &str) -> Result<String> {
+    let status = fs::read_to_string(format!("/proc/{process}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix(key));
     let value = line.with_context(|| format!("no {key} in {status}"))?;
     Ok(value.trim().to_owned())
@@ -326,15 +328,16 @@ fn every_right_is_gone() -> Result<()> {
     }
     for (words, user) in cases {
         let daemon = daemon(&words)?;
+        let pid = daemon.pid();
         for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
-            let left = status(&daemon, set)?;
+            let left = status(pid, set)?;
             ensure!(left == "0000000000000000", "{words:?}: {set} {left}");
         }
-        ensure!(status(&daemon, "NoNewPrivs:")? == "1");
-        ensure!(status(&daemon, "Seccomp:")? == "2");
+        ensure!(status(pid, "NoNewPrivs:")? == "1");
+        ensure!(status(pid, "Seccomp:")? == "2");
         if is_root() {
-            ensure!(status(&daemon, "CapBnd:")? == "0000000000000000");
-            let users = status(&daemon, "Uid:")?;
+            ensure!(status(pid, "CapBnd:")? == "0000000000000000");
+            let users = status(pid, "Uid:")?;
             let all = [&*user.to_string(); 4].join("\t");
             ensure!(users == all, "{words:?}: {users}");
             let stays = daemon.log().contains("has to stay root's, as ");
@@ -343,13 +346,82 @@ fn every_right_is_gone() -> Result<()> {
     }
     let open = Daemon::start(&folder.0, &flags(&[&listen, "--no-sandbox"]))?;
     open.wait_log("WARN no sandbox: ", 1, SOON)?;
-    ensure!(status(&open, "Seccomp:")? == "0" && status(&open, "NoNewPrivs:")? == "0");
+    ensure!(status(open.pid(), "Seccomp:")? == "0" && status(open.pid(), "NoNewPrivs:")? == "0");
     let command = Daemon::start(&folder.0, &flags(&["-cexec:sleep 9:-"]))?;
     command.wait_log(
         "WARN no sandbox, as the command of -c exec:sleep 9:-",
         1,
         SOON,
     )
+}
+
+#[test]
+fn a_keeper_starts_every_worker_with_what_the_first_had() -> Result<()> {
+    let folder = Folder::new()?;
+    let address = match is_root() {
+        true => new_address().replace(":7000", ":80"),
+        false => new_address(),
+    };
+    let [device, front, port, file] = ["vp.sock", "front", "port", "file"].map(|n| folder.path(n));
+    let mut keeper = start(
+        &folder,
+        &[
+            &format!("-cvhost-user:{device}:-"),
+            &format!("-otcp:{address}"),
+            &format!("-ounix:{front}:-"),
+            &format!("--port=a=unix-listen:{port}"),
+            &format!("--port=b=file:{file}"),
+        ],
+    )?;
+    let pid = keeper.pid().cast_signed();
+    for n in 1.. {
+        keeper.wait_log("sandbox: ", n, SOON)?;
+        let &[worker] = &*keeper.children() else {
+            anyhow::bail!("there is another number of workers:\n{}", keeper.log());
+        };
+        let users = [keeper.pid(), worker].map(|process| status(process, "Uid:"));
+        let users = users.into_iter().collect::<Result<Vec<_>>>()?;
+        ensure!(
+            !is_root() || users == [[&*"0"; 4].join("\t"), [&*NOBODY.to_string(); 4].join("\t")]
+        );
+        ensure!(
+            status(worker, "CapPrm:")? == "0000000000000000" && status(worker, "Seccomp:")? == "2"
+        );
+        ensure!(status(keeper.pid(), "NoNewPrivs:")? == "1");
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+            let left = u64::from_str_radix(&status(keeper.pid(), set)?, 16)?;
+            ensure!(left & !STARTING == 0, "{set} {left:x}");
+        }
+        TcpStream::connect(&address)?;
+        for socket in [&front, &port] {
+            UnixStream::connect(socket).with_context(|| format!("worker {n}: {socket}"))?;
+        }
+        fs::remove_file(&file).with_context(|| format!("worker {n}"))?;
+        match n {
+            1 => kill(worker.cast_signed(), libc::SIGKILL),
+            2 => kill(pid, libc::SIGHUP),
+            _ => break,
+        }
+    }
+    ensure!(keeper.terminate()?.success(), "{}", keeper.log());
+    ensure!(!Path::new(&device).exists(), "the socket was left behind");
+    Ok(())
+}
+
+fn kill(process: i32, signal: i32) {
+    // SAFETY: plain integers.
+    unsafe { libc::kill(process, signal) };
+}
+
+#[test]
+fn a_keeper_that_is_taken_over_can_start_programs_but_reaches_no_other_process() -> Result<()> {
+    let device = "-cvhost-user:/nonexistent/vp.sock:-";
+    is_allowed(&[device, "--keeper", "run", "/bin/true"])?;
+    let other = std::process::id().to_string();
+    let output = planted(&[device, "--keeper", "signal", &other])?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(said.contains("not permitted"), "{output:?}");
+    Ok(())
 }
 
 #[test]
@@ -360,10 +432,11 @@ fn an_ordinary_user_can_run_it() -> Result<()> {
     }
     let folder = Folder::new()?;
     chown(&folder.0, Some(NOBODY), Some(NOBODY))?;
-    // Its folders may be closed to that user.
-    let file = File::open(program("virtproxy"))?;
+    // The folders of the program may be closed to that user.
+    let own = folder.path("virtproxy");
+    fs::copy(program("virtproxy"), &own)?;
     let device = folder.path("vp.sock");
-    let mut command = Command::new(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let mut command = Command::new(own);
     command
         .args([&format!("-cvhost-user:{device}:-"), "--console=pty"])
         .args([&format!("--port=a=unix-listen:{}", folder.path("a"))])
@@ -510,7 +583,8 @@ fn a_path_or_port_that_is_not_needed_cannot_be_had_and_is_told() -> Result<()> {
     }
     fails(&[&device, "remove", &elsewhere.path("file")])?;
     // As its own sockets are, at the end.
-    is_allowed(&[&device, "remove", &folder.path("file")])?;
+    let front = format!("-ofront:{}:-", folder.path("front"));
+    is_allowed(&[&front, "remove", &folder.path("file")])?;
     let (target, other) = (tcp_peer(&new_address())?, tcp_peer("127.0.0.1:0")?);
     let serve = format!("-itarget:{target}");
     is_allowed(&[&device, &serve, "tcp", &target])?;

@@ -1,5 +1,5 @@
-//! A program that was taken over: it enters the sandbox that virtproxy has with the same flags, and then tries what it is
-//! told to. For the sandbox's tests.
+//! A program that was taken over: it enters the sandbox that virtproxy, or its keeper, has with the same flags, and then
+//! tries what it is told to. For the sandbox's tests.
 
 use std::fs::{self, File};
 use std::io;
@@ -17,6 +17,9 @@ use virtproxy_host::confine::{self, Needs};
 struct Cli {
     #[command(flatten)]
     options: Options,
+    /// The keeper was taken over
+    #[arg(long)]
+    keeper: bool,
     #[command(subcommand)]
     deed: Deed,
 }
@@ -41,6 +44,10 @@ enum Deed {
     Run {
         program: PathBuf,
     },
+    /// Whether this process could be signalled
+    Signal {
+        process: i32,
+    },
     Read {
         file: PathBuf,
     },
@@ -60,7 +67,11 @@ enum Deed {
 
 fn main() {
     let cli = Cli::parse();
-    confine::enter(&Needs::new(&cli.options, [], None), None).expect("there is a sandbox");
+    let entered = match cli.keeper {
+        true => confine::enter_as_keeper(),
+        false => confine::enter(&Needs::new(&cli.options, [], None), None),
+    };
+    entered.expect("there is a sandbox");
     match cli.deed.do_it() {
         Ok(()) => println!("done"),
         Err(error) => println!("{error}{}", sandbox::hint(&error)),
@@ -99,6 +110,8 @@ impl Deed {
                 done(if memory == libc::MAP_FAILED { -1 } else { 0 })
             }
             Deed::Run { program } => Command::new(program).status().map(drop),
+            // SAFETY: plain integers.
+            Deed::Signal { process } => done(unsafe { libc::kill(process, 0) }.into()),
             Deed::Read { file } => fs::read(file).map(drop),
             Deed::Write { file } => File::options()
                 .append(true)
