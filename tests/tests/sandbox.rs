@@ -584,7 +584,7 @@ fn a_path_or_port_that_is_not_needed_cannot_be_had_and_is_told() -> Result<()> {
     fails(&[&device, "remove", &elsewhere.path("file")])?;
     // As its own sockets are, at the end.
     let front = format!("-ofront:{}:-", folder.path("front"));
-    is_allowed(&[&front, "remove", &folder.path("file")])?;
+    is_allowed(&[&device, &front, "remove", &folder.path("file")])?;
     let (target, other) = (tcp_peer(&new_address())?, tcp_peer("127.0.0.1:0")?);
     let serve = format!("-itarget:{target}");
     is_allowed(&[&device, &serve, "tcp", &target])?;
