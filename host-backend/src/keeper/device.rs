@@ -70,7 +70,6 @@ struct Connection {
 
 impl Device {
     pub(super) fn new(path: &Path) -> Result<Self, ListenError> {
-        unix_socket::check_folder(path)?;
         Ok(Device {
             path: path.to_owned(),
             door: Door::new(path)?,
@@ -283,6 +282,7 @@ struct Door {
 impl Door {
     /// Beside `path` for a moment, where we may make sockets.
     fn new(path: &Path) -> Result<Self, ListenError> {
+        unix_socket::check_folder(path)?;
         let name = PathBuf::from(format!("{}.{}", path.display(), std::process::id()));
         // The user knows of the other path only.
         let failed = |source| ListenError::System {

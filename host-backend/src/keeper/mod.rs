@@ -40,7 +40,6 @@ mod worker;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{ExitCode, ExitStatus};
 use std::time::{Duration, Instant};
@@ -58,7 +57,7 @@ use leash::Word;
 pub use leash::{Inherited, Kept};
 pub(crate) use leash::{Leash, MAX_STATE};
 use signals::Signals;
-use worker::{Recipe, Worker};
+use worker::{Recipe, Worker, was_denied};
 
 /// How a worker exits that leaves its place to the next one.
 pub const REPLACED: u8 = 75;
@@ -293,7 +292,6 @@ impl Keeper {
         }
         // A call that was denied is a crash like any other; but what the first one tries, the next would try again.
         let ends = |code: &u8| *code != REPLACED && (*code != DENIED || !self.served);
-        let denied = code == Some(DENIED) || status.signal() == Some(libc::SIGSYS);
         let code = code.filter(ends);
         if code.is_some() && (worker.began || !self.served) {
             return code;
@@ -305,7 +303,7 @@ impl Keeper {
         warn!(
             "the worker (process {}) ended after {lasted:.1?} with {status}{}; QEMU is kept, another one starts{}",
             worker.pid(),
-            match denied {
+            match was_denied(status) {
                 true => ", as the sandbox denied it a system call",
                 false => "",
             },
