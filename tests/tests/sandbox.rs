@@ -381,9 +381,7 @@ fn a_keeper_starts_every_worker_with_what_the_first_had() -> Result<()> {
         };
         let users = [keeper.pid(), worker].map(|process| status(process, "Uid:"));
         let users = users.into_iter().collect::<Result<Vec<_>>>()?;
-        ensure!(
-            !is_root() || users == [[&*"0"; 4].join("\t"), [&*NOBODY.to_string(); 4].join("\t")]
-        );
+        ensure!(!is_root() || users == [["0"; 4].join("\t"), [&*NOBODY.to_string(); 4].join("\t")]);
         ensure!(
             status(worker, "CapPrm:")? == "0000000000000000" && status(worker, "Seccomp:")? == "2"
         );
