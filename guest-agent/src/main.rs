@@ -34,7 +34,7 @@ struct Cli {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    program::run(PRODUCT, &cli.options, &make_channel)
+    program::run(PRODUCT, &cli.options, &make_channel, &|| Ok(()))
 }
 
 fn make_channel(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dyn Channel>> {

@@ -1,13 +1,18 @@
 //! What is the host's own on the command line: ports beside the mux, and commands for a running program.
 
+use std::fs;
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde_json::Value;
+use tracing::warn;
 use virtproxy_engine::admin::{self, CallError, Request};
+use virtproxy_engine::program::Options;
 use virtproxy_engine::spec::{ChannelSpec, Method};
+use virtproxy_host::confine::{self, Needs};
 use virtproxy_host::device::{MAX_PORTS, PortSpec};
 use virtproxy_host::ports::{CONSOLE, Place, PortArg, console_spec, port_spec};
 
@@ -32,6 +37,49 @@ pub(crate) struct Tuning {
 impl Tuning {
     pub(crate) fn busy_poll(&self) -> Duration {
         Duration::from_micros(self.busy_poll.into())
+    }
+}
+
+/// What the program gives up before it serves a guest.
+#[derive(Args, Debug)]
+pub(crate) struct Sandbox {
+    /// When started as root, go on as this user. Without it that is nobody, but root (with no capabilities) where
+    /// something is yet to be reached in the file system, such as the UNIX socket of an -i
+    #[arg(long, value_name = "NAME", conflicts_with = "no_sandbox")]
+    user: Option<String>,
+
+    /// Go on with every right that the program was started with
+    #[arg(long)]
+    no_sandbox: bool,
+}
+
+impl Sandbox {
+    /// Gives up what the other flags do not need.
+    pub(crate) fn enter(&self, options: &Options, beside: &Beside) -> io::Result<()> {
+        if self.no_sandbox {
+            warn!("no sandbox: whoever gains control of this program has all of its rights");
+            return Ok(());
+        }
+        let places = beside.served().map(|(_, _, place)| place);
+        let needs = Needs::new(options, places, beside.admin.as_deref());
+        if let Some(command) = needs.command() {
+            warn!(
+                "no sandbox, as the command of -c {command} may need anything: run what a guest reaches in a program of \
+                 its own"
+            );
+            return Ok(());
+        }
+        confine::enter(&needs, self.user.as_deref()).map_err(io::Error::other)
+    }
+
+    /// Gives up what nobody needs who is started to [`enter`](Self::enter) it.
+    pub(crate) fn enter_as_keeper(&self, options: &Options) -> io::Result<()> {
+        let runs_a_command = |spec: &ChannelSpec| spec.method == Method::Exec;
+        match self.no_sandbox || options.channels.iter().any(runs_a_command) {
+            // Which the worker says.
+            true => Ok(()),
+            false => confine::enter_as_keeper().map_err(io::Error::other),
+        }
     }
 }
 
@@ -128,6 +176,20 @@ impl Beside {
             .map(|port| port_spec(&port.name, &port.place));
         let mux = PortSpec::generic(MUX_PORT);
         [mux].into_iter().chain(console).chain(ports).collect()
+    }
+
+    /// Whether a port, with its place, is one of these. Not if the place has become a link: a program that may add ports
+    /// may make links, and so may who takes it over.
+    pub(crate) fn has(&self, spec: &PortSpec) -> bool {
+        let is_link =
+            |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|file| file.is_symlink());
+        let is_planted = |place: &Place| match place {
+            Place::File(path) => self.admin.is_some() && is_link(path),
+            _ => false,
+        };
+        self.served().any(|(_, name, place)| {
+            name == spec.name && place.to_string() == spec.memo && !is_planted(place)
+        })
     }
 
     /// Flag, name and place of each port but that of the mux, in the same order.

@@ -17,14 +17,15 @@ use tracing::{error, info};
 use virtproxy_engine::admin;
 use virtproxy_engine::channel::{BoxFuture, Channel, Link};
 use virtproxy_engine::channels;
-use virtproxy_engine::program::{self, CHANNELS, EXIT_CODES, End, Options};
+use virtproxy_engine::program::{self, CHANNELS, EXIT_CODES, End, Failure, MakeChannel, Options};
 use virtproxy_engine::spec::{ChannelSpec, Method};
 use virtproxy_engine::unix_socket;
-use virtproxy_host::device::{Device, Port};
+use virtproxy_host::confine::EXIT_CODE as DENIED;
+use virtproxy_host::device::{Device, Port, PortSpec};
 use virtproxy_host::keeper::{self, Inherited, Kept};
-use virtproxy_host::ports::{CONSOLE, Ports};
+use virtproxy_host::ports::{CONSOLE, PortError, Ports};
 
-use cli::{Beside, Command, MUX_PORT, Tuning};
+use cli::{Beside, Command, MUX_PORT, Sandbox, Tuning};
 
 const PRODUCT: &str = concat!("virtproxy ", env!("CARGO_PKG_VERSION"));
 
@@ -60,7 +61,7 @@ num_vqs=4,config_size=12,vq_size=1024
 #[command(
     name = "virtproxy",
     version,
-    after_help = format!("{CHANNELS}\n\n{EXAMPLES}\n\n{EXIT_CODES}"),
+    after_help = format!("{CHANNELS}\n\n{EXAMPLES}\n\n{EXIT_CODES}\n  {DENIED}  the sandbox does not allow a system call"),
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
     subcommand_value_name = "COMMAND"
@@ -71,6 +72,9 @@ struct Cli {
 
     #[command(flatten)]
     beside: Beside,
+
+    #[command(flatten)]
+    sandbox: Sandbox,
 
     #[command(flatten)]
     tuning: Tuning,
@@ -96,21 +100,21 @@ fn main() -> ExitCode {
     let devices: Vec<_> = cli.options.channels.iter().filter(is_device).collect();
     match cli.kept.clone() {
         Some(inherited) => work(&cli, inherited),
-        None if devices.is_empty() => program::exit_code(
-            program::run_replaceable(
-                PRODUCT,
-                &cli.options,
-                &|spec, options| other(spec, options),
-                None,
-            )
-            .map(drop),
-        ),
-        None => keeper::run(&devices).unwrap_or_else(|failure| program::exit_code(Err(failure))),
+        None if devices.is_empty() => run(&cli, &other, None),
+        None => keep(&cli, &devices),
     }
 }
 
 fn is_device(spec: &&ChannelSpec) -> bool {
     spec.method == Method::VhostUser
+}
+
+/// Holds the devices, and lets a worker serve them.
+fn keep(cli: &Cli, devices: &[&ChannelSpec]) -> ExitCode {
+    let kept = cli.sandbox.enter_as_keeper(&cli.options);
+    let kept = kept.map_err(Failure::Io);
+    let result = kept.and_then(|()| keeper::run(devices));
+    result.unwrap_or_else(|failure| program::exit_code(Err(failure)))
 }
 
 /// Serves what a keeper holds.
@@ -131,11 +135,15 @@ fn work(cli: &Cli, inherited: Inherited) -> ExitCode {
             true => &cli.beside,
             false => &none,
         };
-        let port = MuxPort::start(spec, kept, beside, &cli.tuning, replaced.clone())?;
+        let port = MuxPort::new(spec, kept, beside, &cli.tuning, replaced.clone())?;
         Ok(Box::new(port))
     };
-    let on_hangup = || replaced.set(true);
-    match program::run_replaceable(PRODUCT, &cli.options, &make, Some(&on_hangup)) {
+    run(cli, &make, Some(&|| replaced.set(true)))
+}
+
+fn run(cli: &Cli, make: MakeChannel<'_>, replaced: Option<&dyn Fn()>) -> ExitCode {
+    let ready = || cli.sandbox.enter(&cli.options, &cli.beside);
+    match program::run_replaceable(PRODUCT, &cli.options, make, &ready, replaced) {
         Ok(End::Replaced) => ExitCode::from(keeper::REPLACED),
         result => program::exit_code(result.map(drop)),
     }
@@ -160,12 +168,14 @@ struct MuxPort {
     name: String,
     /// The device is there as long as these are.
     ports: Rc<Ports>,
+    /// Places that open in the sandbox, as they were added by command.
+    added: Vec<(PortSpec, Port)>,
     /// Another process takes over.
     replaced: Rc<Cell<bool>>,
 }
 
 impl MuxPort {
-    fn start(
+    fn new(
         spec: &ChannelSpec,
         kept: Kept,
         beside: &Beside,
@@ -173,7 +183,7 @@ impl MuxPort {
         replaced: Rc<Cell<bool>>,
     ) -> io::Result<Self> {
         let first = kept.state.is_empty();
-        let (device, ports) = Device::start_kept(&spec.addr, kept, beside.specs(), beside.room())
+        let (device, ports) = Device::kept(&spec.addr, kept, beside.specs(), beside.room())
             .map_err(io::Error::other)?;
         if first {
             let queues = device.queues();
@@ -183,6 +193,8 @@ impl MuxPort {
         let mut ports = ports.into_iter();
         let (_, mut port) = ports.next().expect("the mux port comes first");
         port.set_busy_poll(tuning.busy_poll());
+        // What the last worker said may be an attacker's. So only what the flags say too is opened with all rights.
+        let (ports, added): (Vec<_>, _) = ports.partition(|(spec, _)| first || beside.has(spec));
         for (spec, port) in ports {
             match beside_mux.serve_again(&spec, port) {
                 Ok(()) => {}
@@ -194,8 +206,7 @@ impl MuxPort {
                     };
                     return Err(io::Error::other(format!("{flag} {error}")));
                 }
-                // The others, and QEMU, must not suffer.
-                Err(error) => error!("a port is lost: {error}"),
+                Err(error) => lost(&error),
             }
         }
         if let Some(path) = &beside.admin {
@@ -206,6 +217,7 @@ impl MuxPort {
             port,
             name: spec.to_string(),
             ports: beside_mux,
+            added,
             replaced,
         })
     }
@@ -219,9 +231,23 @@ impl Drop for MuxPort {
     }
 }
 
+/// The others, and QEMU, must not suffer.
+fn lost(error: &PortError) {
+    error!("a port is lost: {error}");
+}
+
 impl Channel for MuxPort {
     fn open(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Link>>> {
-        self.port.open()
+        // Only now is the program in its sandbox, and may have the device's threads.
+        for (spec, port) in self.added.drain(..) {
+            if let Err(error) = self.ports.serve_again(&spec, port) {
+                lost(&error);
+            }
+        }
+        match self.ports.serve_device() {
+            Ok(()) => self.port.open(),
+            Err(error) => Box::pin(std::future::ready(Err(error))),
+        }
     }
 
     fn name(&self) -> &str {

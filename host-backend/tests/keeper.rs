@@ -109,7 +109,10 @@ fn client(place: &Path) -> UnixStream {
 
 /// One device with a port, number 1, that a client finds at the path.
 fn with_port() -> (Program, PathBuf, Guest) {
-    let place = socket_path();
+    with_port_at(socket_path())
+}
+
+fn with_port_at(place: PathBuf) -> (Program, PathBuf, Guest) {
     let flag = format!("--port=org.example.0=unix-listen:{}", place.display());
     let program = Program::start(Path::new(PROGRAM), 1, &[flag]);
     let setup = Setup {
@@ -435,7 +438,11 @@ fn a_file_that_cannot_take_over_changes_nothing_and_one_that_can_does() -> io::R
 
 #[test]
 fn a_worker_does_not_outlive_its_keeper() {
-    let (mut program, place, guest) = with_port();
+    // The worker may not be root any more when it tidies up.
+    let folder = socket_path();
+    fs::create_dir(&folder).unwrap();
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
+    let (mut program, place, guest) = with_port_at(folder.join("place"));
     let worker = program.worker().unwrap();
     program.child.kill().unwrap();
     program.child.wait().unwrap();
@@ -443,7 +450,16 @@ fn a_worker_does_not_outlive_its_keeper() {
         !Path::new(&format!("/proc/{worker}")).exists()
     });
     assert!(!place.exists(), "it ended in order");
+    fs::remove_dir(folder).unwrap();
     drop(guest);
+}
+
+#[test]
+fn a_worker_that_is_denied_a_system_call_is_followed_by_another() {
+    let (program, place, mut guest) = with_port();
+    let old = program.signal_worker(libc::SIGSYS);
+    program.wait_next(old);
+    check(&mut guest, &place, 1);
 }
 
 #[test]

@@ -2,7 +2,9 @@
 
 mod frontend;
 
+use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -114,6 +116,112 @@ fn ports_are_added_listed_and_removed_by_command() {
     });
     assert_eq!(removing, "removed org.example.hot\n");
     assert_eq!(said(port(&["list"])), "");
+}
+
+/// Each kind of place, at the start and added later, while the program has no rights but those that its flags need.
+#[test]
+fn every_place_works_in_the_sandbox() {
+    let folder = std::env::temp_dir().join(format!("virtproxy-places-{}", std::process::id()));
+    fs::create_dir_all(&folder).unwrap();
+    let path = |name: &str| folder.join(name).display().to_string();
+    let (socket, admin) = (folder.join("vp.sock"), path("admin"));
+    let server = UnixListener::bind(path("server")).unwrap();
+    let later = UnixListener::bind(path("later-server")).unwrap();
+    let places = [
+        format!("a=unix-listen:{}", path("a")),
+        format!("b=unix-connect:{}", path("server")),
+        format!("c=file:{}", path("c")),
+        format!("d=pty:{}", path("d")),
+    ];
+    let ports: Vec<_> = places
+        .iter()
+        .map(|place| format!("--port={place}"))
+        .collect();
+    let mut flags = vec!["--admin", &admin, "--max-ports=9"];
+    flags.extend(ports.iter().map(String::as_str));
+    let _program = start(&socket, &flags);
+    let setup = Setup {
+        ports: 5,
+        spare: 4,
+        ..Setup::default()
+    };
+    let mut guest = Guest::boot(&socket, setup);
+
+    let connect = |name: &str| UnixStream::connect(path(name)).unwrap();
+    let terminal = |name: &str| {
+        File::options()
+            .read(true)
+            .write(true)
+            .open(path(name))
+            .unwrap()
+    };
+    let written = |name: &str| {
+        let end = Instant::now() + Duration::from_secs(20);
+        while fs::read(path(name)).unwrap() != b"there" {
+            assert!(Instant::now() < end, "nothing is in the file {name}");
+            thread::sleep(Duration::from_millis(2));
+        }
+    };
+    there_and_back(&mut guest, 1, connect("a"));
+    there_and_back(&mut guest, 2, server.accept().unwrap().0);
+    guest.open(3);
+    guest.write_all(3, b"there");
+    written("c");
+    there_and_back(&mut guest, 4, terminal("d"));
+
+    let add = |place: String| -> Output {
+        let add = ["port", "add", &place, "--admin", &admin];
+        virtproxy().args(add).output().unwrap()
+    };
+    for (port, place) in [
+        (5, format!("e=unix-listen:{}", path("e"))),
+        (6, format!("f=unix-connect:{}", path("later-server"))),
+        (7, format!("g=file:{}", path("g"))),
+        (8, format!("h=pty:{}", path("h"))),
+    ] {
+        let added = add(place);
+        assert!(added.status.success(), "{added:?}");
+        guest.wait_control("the port came", |guest| guest.ports[port].added);
+    }
+    there_and_back(&mut guest, 5, connect("e"));
+    there_and_back(&mut guest, 6, later.accept().unwrap().0);
+    guest.open(7);
+    guest.write_all(7, b"there");
+    written("g");
+    there_and_back(&mut guest, 8, terminal("h"));
+
+    let elsewhere =
+        std::env::temp_dir().join(format!("virtproxy-elsewhere-{}", std::process::id()));
+    fs::create_dir_all(&elsewhere).unwrap();
+    let forbidden = elsewhere.join("i").display().to_string();
+    for place in [
+        format!("i=unix-listen:{forbidden}"),
+        format!("i=file:{forbidden}"),
+    ] {
+        let refused = add(place);
+        let said = String::from_utf8(refused.stderr).unwrap();
+        assert_eq!(refused.status.code(), Some(1), "{said}");
+        for part in [
+            &*forbidden,
+            "in the sandbox",
+            "the folder of the admin socket",
+        ] {
+            assert!(said.contains(part), "no {part:?} in {said}");
+        }
+    }
+    fs::remove_dir(&elsewhere).unwrap();
+    fs::remove_dir_all(&folder).unwrap();
+}
+
+fn there_and_back(guest: &mut Guest, port: usize, mut peer: impl Read + Write) {
+    guest.wait_host_connected(port, true);
+    guest.open(port);
+    guest.write_all(port, b"there");
+    let mut there = [0; 5];
+    peer.read_exact(&mut there).unwrap();
+    assert_eq!(&there, b"there");
+    peer.write_all(b"back").unwrap();
+    assert_eq!(guest.read(port, 4), b"back");
 }
 
 #[test]

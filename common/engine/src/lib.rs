@@ -12,6 +12,7 @@ pub mod log_limit;
 pub mod lossy_link;
 pub mod pauses;
 pub mod program;
+pub mod sandbox;
 pub mod segment;
 mod socket;
 pub mod spec;

@@ -192,6 +192,10 @@ impl Failure {
 /// Makes the channel that a `-c` names. Called on the engine's thread, in a `LocalSet`.
 pub type MakeChannel<'m> = &'m dyn Fn(&ChannelSpec, &Options) -> io::Result<Box<dyn Channel>>;
 
+/// Called once when everything that the flags name is open and listened on, and nothing is served yet. Until then the
+/// program has this one thread.
+pub type Ready<'r> = &'r dyn Fn() -> io::Result<()>;
+
 /// How a program came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
@@ -202,9 +206,9 @@ pub enum End {
 }
 
 /// Runs a program until it is asked to end. `product` is its name and version.
-pub fn run(product: &str, options: &Options, make: MakeChannel<'_>) -> ExitCode {
+pub fn run(product: &str, options: &Options, make: MakeChannel<'_>, ready: Ready<'_>) -> ExitCode {
     start_log(options.verbose);
-    exit_code(run_replaceable(product, options, make, None).map(drop))
+    exit_code(run_replaceable(product, options, make, ready, None).map(drop))
 }
 
 /// The exit code, once the user knows what went wrong.
@@ -223,12 +227,13 @@ pub fn run_replaceable(
     product: &str,
     options: &Options,
     make: MakeChannel<'_>,
+    ready: Ready<'_>,
     replaced: Option<&dyn Fn()>,
 ) -> Result<End, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    LocalSet::new().block_on(&runtime, serve(product, options, make, replaced))
+    LocalSet::new().block_on(&runtime, serve(product, options, make, ready, replaced))
 }
 
 /// Lets the program tell its user what it does.
@@ -254,6 +259,7 @@ async fn serve(
     product: &str,
     options: &Options,
     make: MakeChannel<'_>,
+    ready: Ready<'_>,
     replaced: Option<&dyn Fn()>,
 ) -> Result<End, Failure> {
     if let Err(error) = raise_descriptor_limit() {
@@ -268,7 +274,7 @@ async fn serve(
     };
     let mut end = End::Done;
 
-    let mut drivers = JoinSet::new();
+    let mut prepared = Vec::new();
     for (index, spec) in options.channels.iter().enumerate() {
         let out = forwards("-o", &options.out, &options.channels, index)?;
         let serve = forwards("-i", &options.serve, &options.channels, index)?;
@@ -282,12 +288,16 @@ async fn serve(
                 ..Config::default()
             },
         };
-        let driver = Driver::new(settings, &out, &serve).await?;
+        let driver = Driver::new(settings, &out, &serve)?;
         let named = |source| Failure::Channel {
             channel: spec.to_string(),
             source,
         };
-        let channel = make(spec, options).map_err(named)?;
+        prepared.push((driver, make(spec, options).map_err(named)?));
+    }
+    ready()?;
+    let mut drivers = JoinSet::new();
+    for (driver, channel) in prepared {
         let name = channel.name().to_owned();
         let stopped = stopped.clone();
         drivers.spawn_local(async move {

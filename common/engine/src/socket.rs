@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{Shutdown, SocketAddr};
+use std::net::{Shutdown, SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -156,14 +156,14 @@ pub(crate) enum Listener {
 
 impl Listener {
     /// Listens where `forward` says; its flows end when they were idle for `udp_timeout`, if it is one for UDP.
-    pub(crate) async fn bind(forward: &ForwardSpec, udp_timeout: Duration) -> io::Result<Self> {
+    pub(crate) fn bind(forward: &ForwardSpec, udp_timeout: Duration) -> io::Result<Self> {
         match &forward.endpoint {
             Endpoint::Tcp { host, port } => {
-                let address = look_up(host, *port).await?;
+                let address = look_up_here(host, *port)?;
                 Ok(Listener::Tcp(mio::net::TcpListener::bind(address)?))
             }
             Endpoint::Udp { host, port } => {
-                let address = look_up(host, *port).await?;
+                let address = look_up_here(host, *port)?;
                 let service = forward.service.as_str();
                 udp::Listener::bind(address, service, udp_timeout).map(Listener::Udp)
             }
@@ -213,6 +213,17 @@ async fn look_up(host: &Host, port: u16) -> io::Result<SocketAddr> {
         Host::Ip(ip) => Ok(SocketAddr::new(*ip, port)),
         Host::Name(name) => tokio::net::lookup_host((name.as_str(), port))
             .await?
+            .next()
+            .ok_or(io::ErrorKind::AddrNotAvailable.into()),
+    }
+}
+
+/// The same on this thread, for the start: there is nothing yet to hold up, and no other thread is wanted yet.
+pub(crate) fn look_up_here(host: &Host, port: u16) -> io::Result<SocketAddr> {
+    match host {
+        Host::Ip(ip) => Ok(SocketAddr::new(*ip, port)),
+        Host::Name(name) => (name.as_str(), port)
+            .to_socket_addrs()?
             .next()
             .ok_or(io::ErrorKind::AddrNotAvailable.into()),
     }

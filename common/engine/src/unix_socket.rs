@@ -24,6 +24,13 @@ pub enum ListenError {
     /// The path is taken by something that must not be removed.
     #[error("{} exists and is not a socket: remove it, or name another path", .0.display())]
     NotASocket(PathBuf),
+    /// Anybody could put another socket in its place.
+    #[error(
+        "every user of this machine may write to {folder}, and so replace the socket: chmod o-w {folder}, or name a \
+         path in another directory",
+        folder = .0.display()
+    )]
+    OpenFolder(PathBuf),
     /// The socket cannot be made.
     #[error("cannot listen on {}: {source}{cure}", path.display(), cure = bind_cure(source))]
     System {
@@ -88,6 +95,29 @@ pub fn listen(path: &Path, backlog: i32) -> Result<(UnixListener, SocketFile), L
     Ok((listener, file))
 }
 
+/// Whether the folder of `path` is one in which others cannot replace a socket: one that they may not write to, or like
+/// `/tmp` only add their own files to.
+///
+/// # Errors
+/// It is not.
+pub fn check_folder(path: &Path) -> Result<(), ListenError> {
+    let folder = folder_of(path);
+    let mode = fs::metadata(folder).map_or(0, |folder| folder.mode());
+    match mode & (libc::S_IWOTH | libc::S_ISVTX) {
+        libc::S_IWOTH => Err(ListenError::OpenFolder(folder.to_owned())),
+        _ => Ok(()),
+    }
+}
+
+/// The folder that `path` is in.
+pub fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        // A bare name; and `/`, which nobody can listen on.
+        _ => Path::new("."),
+    }
+}
+
 /// Makes the socket file with mode 0600: Linux takes the mode of the file from that of the unbound socket, so that
 /// there is no moment when others could connect.
 fn bind(path: &Path, backlog: i32) -> io::Result<UnixListener> {
@@ -139,6 +169,19 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         drop(file);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_folder_that_everybody_may_write_to_is_refused_unless_it_is_sticky() {
+        let folder = fresh("folder");
+        fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("socket");
+        for (mode, fits) in [(0o700, true), (0o775, true), (0o777, false), (0o1777, true)] {
+            fs::set_permissions(&folder, Permissions::from_mode(mode)).unwrap();
+            assert_eq!(check_folder(&path).is_ok(), fits, "{mode:o}");
+        }
+        fs::remove_dir(&folder).unwrap();
+        assert!(check_folder(Path::new("bare")).is_ok());
     }
 
     #[test]

@@ -168,7 +168,7 @@ impl Sockets {
             session: Config::default(),
         };
         let serve = format!("bulk:{}:-", path.display()).parse().unwrap();
-        let driver = Driver::new(settings, &[], &[serve]).await.unwrap();
+        let driver = Driver::new(settings, &[], &[serve]).unwrap();
         let (stop, stopped) = watch::channel(None);
         tokio::task::spawn_local(driver.run(Box::new(port) as Box<dyn Channel>, stopped));
         let guest = GuestThread::start(guest, Mux::new(true, Payload::default()));

@@ -77,12 +77,11 @@ impl Control {
             control.restart();
         }
         control.saver = Some(Saver::new(leash));
-        control.save();
         control
     }
 
-    /// Saves what the process after this one must know.
-    fn save(&mut self) {
+    /// Saves what the process after this one must know. The keeper takes it for the word that QEMU may come.
+    pub(super) fn save(&mut self) {
         if let Some(saver) = &mut self.saver {
             saver.save(&Current {
                 machine: &self.machine,

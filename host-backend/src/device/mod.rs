@@ -180,15 +180,16 @@ impl Device {
         let path = path.as_ref();
         let incoming = Incoming::listen(path)?;
         let shared = Shared::new(name(path), &specs, room)?;
-        let handle = Self::serve(path, incoming, shared)?;
+        let handle = Self::handle(path, incoming, shared)?;
+        handle.serve()?;
         let ports = (0..specs.len()).map(|slot| Port::new(&handle.shared, slot));
         let ports = ports.collect();
         Ok((handle, ports))
     }
 
-    /// The same on behalf of a keeper. If another process had the device before, its ports are as they were then,
-    /// whatever `specs` says; they come with what is known of them.
-    pub fn start_kept(
+    /// The same on behalf of a keeper, from [`DeviceHandle::serve`] on: until then it has no thread. If another process had
+    /// the device before, its ports are as they were then, whatever `specs` says; they come with what is known of them.
+    pub fn kept(
         path: impl AsRef<Path>,
         kept: Kept,
         specs: Vec<PortSpec>,
@@ -210,19 +211,19 @@ impl Device {
             .filter_map(|slot| Some((control.machine.port(slot)?.0.clone(), slot)))
             .collect::<Vec<_>>();
         let path = path.as_ref();
-        let handle = Self::serve(path, incoming, Shared::of(name(path), control, cells)?)?;
+        let handle = Self::handle(path, incoming, Shared::of(name(path), control, cells)?)?;
         let port = |(spec, slot)| (spec, Port::new(&handle.shared, slot));
         let ports = ports.into_iter().map(port).collect();
         Ok((handle, ports))
     }
 
-    fn serve(path: &Path, incoming: Incoming, shared: Shared) -> Result<DeviceHandle, StartError> {
+    fn handle(path: &Path, incoming: Incoming, shared: Shared) -> Result<DeviceHandle, StartError> {
         let shared = Arc::new(shared);
-        let server = Server::start(path, incoming, shared.clone())?;
+        let server = Server::new(path, incoming, shared.clone())?;
         Ok(DeviceHandle {
             shared,
             stays: AtomicBool::new(false),
-            _server: server,
+            server,
         })
     }
 }
@@ -270,10 +271,16 @@ pub struct DeviceHandle {
     shared: Arc<Shared>,
     /// The guest keeps its ports.
     stays: AtomicBool,
-    _server: Server,
+    server: Server,
 }
 
 impl DeviceHandle {
+    /// Serves QEMU from now on, if that is not done yet.
+    pub fn serve(&self) -> io::Result<()> {
+        self.shared.control().save();
+        self.server.serve()
+    }
+
     /// Gives the guest one more port.
     pub fn add(&self, spec: PortSpec) -> Result<Port, StartError> {
         check_name(&spec)?;

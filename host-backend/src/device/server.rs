@@ -1,6 +1,5 @@
 //! Serves one QEMU after the other on one socket: a path that QEMU connects to, or what a keeper connects to for it.
 
-use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixListener;
@@ -47,15 +46,22 @@ impl Incoming {
     }
 }
 
-/// The thread that serves the socket. Dropping it ends the thread and removes the socket.
-#[derive(Debug)]
+/// The thread that serves what comes in. Dropping it ends the thread and removes the socket.
 pub(super) struct Server {
     stop: Arc<Stop>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Serving>,
+}
+
+enum Serving {
+    NotYet(Service),
+    Since(JoinHandle<()>),
+    /// There can be no thread for it.
+    Never,
 }
 
 impl Server {
-    pub(super) fn start(
+    /// Whoever connects waits until [`serve`](Self::serve).
+    pub(super) fn new(
         path: &Path,
         incoming: Incoming,
         shared: Arc<Shared>,
@@ -78,20 +84,36 @@ impl Server {
             shared,
             stop: stop.clone(),
         };
-        let thread = thread::Builder::new()
-            .name("vhost-user".to_owned())
-            .spawn(move || service.run())?;
         Ok(Server {
             stop,
-            thread: Some(thread),
+            thread: Mutex::new(Serving::NotYet(service)),
         })
+    }
+
+    /// Starts the thread, if it does not run yet.
+    pub(super) fn serve(&self) -> io::Result<()> {
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        match std::mem::replace(&mut *thread, Serving::Never) {
+            Serving::NotYet(service) => {
+                let started = thread::Builder::new()
+                    .name("vhost-user".to_owned())
+                    .spawn(move || service.run())?;
+                *thread = Serving::Since(started);
+            }
+            other => *thread = other,
+        }
+        Ok(())
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.stop();
-        if let Some(thread) = self.thread.take() {
+        let thread = self
+            .thread
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Serving::Since(thread) = std::mem::replace(thread, Serving::Never) {
             let _ = thread.join();
         }
     }
@@ -129,14 +151,6 @@ impl Stop {
         self.connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl fmt::Debug for Stop {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Stop")
-            .field("wanted", &self.wanted)
-            .finish_non_exhaustive()
     }
 }
 

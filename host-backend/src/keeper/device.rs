@@ -288,6 +288,7 @@ struct Door {
 impl Door {
     /// Beside `path` for a moment, where we may make sockets.
     fn new(path: &Path) -> Result<Self, ListenError> {
+        unix_socket::check_folder(path)?;
         let name = PathBuf::from(format!("{}.{}", path.display(), std::process::id()));
         // The user knows of the other path only.
         let failed = |source| ListenError::System {
@@ -317,7 +318,6 @@ impl Door {
     }
 }
 
-/// A listener that nobody waits for.
 fn failure(spec: &ChannelSpec, error: ListenError) -> Failure {
     Failure::Channel {
         channel: spec.to_string(),
@@ -325,6 +325,7 @@ fn failure(spec: &ChannelSpec, error: ListenError) -> Failure {
     }
 }
 
+/// A listener that nobody waits for.
 fn listen(path: &Path) -> Result<(UnixListener, SocketFile), ListenError> {
     let (listener, file) = unix_socket::listen(path, BACKLOG)?;
     let failed = |source| ListenError::System {

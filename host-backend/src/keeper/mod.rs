@@ -50,12 +50,13 @@ use tracing::{debug, error, info, warn};
 use virtproxy_engine::program::Failure;
 use virtproxy_engine::spec::ChannelSpec;
 
+use crate::confine::EXIT_CODE as DENIED;
 use device::Device;
 use leash::Word;
 pub use leash::{Inherited, Kept};
 pub(crate) use leash::{Leash, MAX_STATE};
 use signals::Signals;
-use worker::{Recipe, Worker};
+use worker::{Recipe, Worker, was_denied};
 
 /// How a worker exits that leaves its place to the next one.
 pub const REPLACED: u8 = 75;
@@ -283,7 +284,9 @@ impl Keeper {
             self.begin(next);
             return None;
         }
-        let code = code.filter(|code| *code != REPLACED);
+        // A call that was denied is a crash like any other; but what the first one tries, the next would try again.
+        let ends = |code: &u8| *code != REPLACED && (*code != DENIED || !self.served);
+        let code = code.filter(ends);
         if code.is_some() && (worker.began || !self.served) {
             return code;
         }
@@ -292,8 +295,12 @@ impl Keeper {
             self.pause = Duration::ZERO;
         }
         warn!(
-            "the worker (process {}) ended after {lasted:.1?} with {status}; QEMU is kept, another one starts{}",
+            "the worker (process {}) ended after {lasted:.1?} with {status}{}; QEMU is kept, another one starts{}",
             worker.pid(),
+            match was_denied(status) {
+                true => ", as the sandbox denied it a system call",
+                false => "",
+            },
             match self.pause {
                 Duration::ZERO => String::new(),
                 pause => format!(" in {pause:?}"),

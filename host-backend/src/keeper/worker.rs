@@ -15,6 +15,8 @@ use std::time::Instant;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use crate::confine::EXIT_CODE as DENIED;
+
 use super::leash::{Inherited, Word, hear, leash};
 use super::signals;
 
@@ -152,4 +154,9 @@ impl Drop for Worker {
             let _ = self.child.wait();
         }
     }
+}
+
+/// Whether a worker ended so because it made a system call that the sandbox does not allow.
+pub(super) fn was_denied(status: ExitStatus) -> bool {
+    status.code() == Some(DENIED.into()) || status.signal() == Some(libc::SIGSYS)
 }

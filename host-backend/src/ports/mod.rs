@@ -20,6 +20,7 @@ use tokio::task::JoinHandle;
 use tracing::info;
 use virtproxy_engine::admin::{Handler, Request, RequestError};
 use virtproxy_engine::channel::BoxFuture;
+use virtproxy_engine::sandbox;
 
 pub use place::{CONSOLE, Place, PlaceError, PortArg};
 
@@ -113,6 +114,11 @@ impl Ports {
         }
     }
 
+    /// Serves QEMU from now on, if that is not done yet.
+    pub fn serve_device(&self) -> io::Result<()> {
+        self.device.serve()
+    }
+
     /// Joins `port` to its place from now on. To be called on a `LocalSet`.
     pub fn serve(&self, name: &str, place: Place, port: Port) -> Result<(), PortError> {
         let door = self.open(name, &place)?;
@@ -142,7 +148,17 @@ impl Ports {
             ))),
             None => Door::open(place),
         };
-        door.map_err(|error| PortError::Place(name.to_owned(), place.clone(), error))
+        door.map_err(|error| {
+            let cure = match sandbox::hint(&error) {
+                "" => "",
+                _ => {
+                    "; in the sandbox, ports that are added later have their places in the folder of the admin socket: \
+                     name one there, or give --port at the start"
+                }
+            };
+            let error = io::Error::new(error.kind(), format!("{error}{cure}"));
+            PortError::Place(name.to_owned(), place.clone(), error)
+        })
     }
 
     fn start(&self, name: &str, place: Place, door: Door, port: Port) {

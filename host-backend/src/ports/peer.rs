@@ -17,6 +17,7 @@ use tracing::{info, warn};
 use virtproxy_engine::edges::Edges;
 use virtproxy_engine::log_limit::LogLimit;
 use virtproxy_engine::pauses::Pauses;
+use virtproxy_engine::sandbox;
 use virtproxy_engine::segment::{Segment, readv, writev};
 use virtproxy_engine::unix_socket::{self, SocketFile};
 
@@ -127,7 +128,11 @@ impl Door {
                             pauses.lengthen();
                             if !std::mem::replace(said, true) {
                                 let path = path.display();
-                                info!(port, "cannot connect to {path} yet, trying on: {error}");
+                                let hint = sandbox::hint(&error);
+                                info!(
+                                    port,
+                                    "cannot connect to {path} yet, trying on: {error}{hint}"
+                                );
                             }
                         }
                     }

@@ -12,6 +12,7 @@ use super::boxed;
 use super::retrying::{Attempt, Obstacle, Retrying};
 use crate::channel::Channel;
 use crate::lossy_link::LossyLink;
+use crate::sandbox;
 use crate::spec::{ChannelSpec, SpecError};
 use crate::tty::{TtyError, TtyLink};
 
@@ -53,7 +54,8 @@ fn obstacle(path: &str, error: TtyError) -> Obstacle {
         }
         Some(libc::EBUSY) => obstacle(path, TtyError::Busy),
         Some(libc::EACCES | libc::EPERM) => Obstacle::Passing(format!(
-            "permission to open {path} denied: run as root, or as a member of its group (dialout)"
+            "permission to open {path} denied: run as root, or as a member of its group (dialout){}",
+            sandbox::hint(&error)
         )),
         Some(libc::ENOTTY | libc::EISDIR) => Obstacle::never(format!(
             "{path} is no serial line: name one, such as /dev/ttyS1"

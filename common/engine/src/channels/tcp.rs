@@ -20,6 +20,8 @@ use super::{boxed, tls};
 use crate::channel::Channel;
 use crate::driver::bind_cure;
 use crate::program::{Options, Plaintext};
+use crate::sandbox;
+use crate::socket::look_up_here;
 use crate::spec::{ChannelSpec, Host};
 
 /// Where to connect to or to listen.
@@ -90,13 +92,26 @@ impl Target {
         }
         let Target { host, port, .. } = self;
         Err(Obstacle::Passing(format!(
-            "cannot connect to {host}:{port}: {last}"
+            "cannot connect to {host}:{port}: {last}{}",
+            sandbox::hint(&last)
         )))
     }
 
+    /// Listens before the program may do less than now: a port below 1024 may be out of reach then. If it fails, the
+    /// first attempt tells why.
+    fn listen_early(&self, name: &str) -> Option<Acceptor> {
+        let address = look_up_here(&self.host, self.port).ok()?;
+        self.check(address.ip()).ok()?;
+        self.bind(Some(address.into()), name).ok()
+    }
+
     async fn listen(&self, name: &str) -> Result<Acceptor, Obstacle> {
-        let Target { host, port, .. } = self;
         let address = self.resolve().await?.into_iter().next();
+        self.bind(address, name)
+    }
+
+    fn bind(&self, address: Option<SockAddr>, name: &str) -> Result<Acceptor, Obstacle> {
+        let Target { host, port, .. } = self;
         let bound = address
             .ok_or(io::ErrorKind::AddrNotAvailable.into())
             .and_then(|address| Acceptor::bind(&address));
@@ -151,7 +166,7 @@ pub(super) fn listen(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dy
         .map(tls::Listener::new)
         .transpose()?;
     let name = spec.to_string();
-    let mut acceptor = None;
+    let mut acceptor = target.listen_early(&name);
     boxed(Retrying::new(name.clone(), async move || {
         let acceptor = match &mut acceptor {
             Some(acceptor) => acceptor,

@@ -13,6 +13,7 @@ use super::retrying::{Obstacle, Retrying};
 use super::sockets::{self, Acceptor, BACKLOG};
 use super::{bare_link, boxed};
 use crate::channel::Channel;
+use crate::sandbox;
 use crate::spec::ChannelSpec;
 use crate::unix_socket;
 
@@ -36,7 +37,8 @@ pub(super) fn refusal(path: &str, error: &io::Error) -> Obstacle {
         Some(libc::ECONNREFUSED) => format!("nobody listens on {path}"),
         Some(libc::EAGAIN) => format!("{path} serves another, and its queue is full"),
         Some(libc::EACCES) => {
-            format!("permission to connect to {path} denied: run as the user that owns it")
+            let hint = sandbox::hint(error);
+            format!("permission to connect to {path} denied: run as the user that owns it{hint}")
         }
         Some(libc::EPROTOTYPE) => {
             return Obstacle::never(format!("{path} is no stream socket: name one"));

@@ -57,15 +57,14 @@ const DEVICE: &str = "a guest needs a vsock device and the module vmw_vsock_virt
 pub(super) fn listen(spec: &ChannelSpec) -> io::Result<Box<dyn Channel>> {
     let (_, address) = parse(spec)?;
     let name = spec.to_string();
-    let mut acceptor = None;
+    let bind =
+        move |name: &str| Acceptor::bind(&address).inspect(|_| info!(channel = name, "listening"));
+    // At once, as a port below 1024 may be out of reach later. If that fails, the first attempt tells why.
+    let mut acceptor = bind(&name).ok();
     boxed(Retrying::new(name.clone(), async move || {
         let acceptor = match &mut acceptor {
             Some(acceptor) => acceptor,
-            none => {
-                let bound = Acceptor::bind(&address).map_err(|error| cannot_listen(&error))?;
-                info!(channel = name, "listening");
-                none.insert(bound)
-            }
+            none => none.insert(bind(&name).map_err(|error| cannot_listen(&error))?),
         };
         let (client, _) = acceptor.accept().await?;
         bare_link(client)

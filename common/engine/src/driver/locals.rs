@@ -11,6 +11,7 @@ use virtproxy_mux::{OpenError, Reason, StreamId};
 
 use super::local::{Local, Phase};
 use super::{Connected, Driver, EVENTS, MAX_CONNECTING, MAX_WAITING};
+use crate::sandbox;
 use crate::socket::Socket;
 use crate::spec::is_udp;
 
@@ -319,8 +320,10 @@ impl Driver {
         let task = self.connects.spawn(async move {
             let result = tokio::time::timeout(deadline, target.connect()).await;
             let result = result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-            let named =
-                result.map_err(|error| io::Error::new(error.kind(), format!("{target}: {error}")));
+            let named = result.map_err(|error| {
+                let hint = sandbox::hint(&error);
+                io::Error::new(error.kind(), format!("{target}: {error}{hint}"))
+            });
             (key, stream, named)
         });
         debug!(%stream, service, "connecting");

@@ -181,8 +181,8 @@ enum Outcome {
 }
 
 impl Driver {
-    /// Listens for every forward in `outlets` (`-o`) and serves those in `services` (`-i`).
-    pub async fn new(
+    /// Listens for every forward in `outlets` (`-o`) and serves those in `services` (`-i`). Within a tokio runtime.
+    pub fn new(
         settings: Settings,
         outlets: &[ForwardSpec],
         services: &[ForwardSpec],
@@ -190,12 +190,12 @@ impl Driver {
         let sockets = Edges::new()?;
         let mut listening = Vec::new();
         for (index, forward) in outlets.iter().enumerate() {
-            let listen = async {
-                let mut listener = Listener::bind(forward, settings.udp_timeout).await?;
+            let listen = || {
+                let mut listener = Listener::bind(forward, settings.udp_timeout)?;
                 listener.register(sockets.registry(), Token(index))?;
                 Ok(listener)
             };
-            let listener = listen.await.map_err(|source| ListenError {
+            let listener = listen().map_err(|source| ListenError {
                 forward: forward.clone(),
                 source,
             })?;

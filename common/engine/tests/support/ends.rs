@@ -50,7 +50,7 @@ pub(crate) async fn end_with(
     out: &[ForwardSpec],
     serve: &[ForwardSpec],
 ) -> End {
-    let driver = Driver::new(settings, out, serve).await.unwrap();
+    let driver = Driver::new(settings, out, serve).unwrap();
     let (links, receiver) = mpsc::unbounded_channel();
     let (stop, stopped) = watch::channel(None);
     let done = tokio::task::spawn_local(driver.run(Box::new(Handed(receiver)), stopped));

@@ -36,9 +36,7 @@ impl Side {
         let options = Cli::try_parse_from([&["test", "-c", channel], flags].concat())
             .unwrap_or_else(|error| panic!("{error}"))
             .options;
-        let driver = Driver::new(settings(), &options.out, &options.serve)
-            .await
-            .unwrap();
+        let driver = Driver::new(settings(), &options.out, &options.serve).unwrap();
         let channel = channels::make(&options.channels[0], &options, "the hint")?;
         let (stop, stopped) = watch::channel(None);
         let done = tokio::task::spawn_local(driver.run(channel, stopped));
