@@ -285,10 +285,13 @@ fn watch(epoll: &Epoll, fd: &impl AsRawFd) -> io::Result<()> {
     )
 }
 
-/// Waits until one of the fds is readable, or for `timeout` milliseconds.
+/// Waits until one of the fds is readable, or for `timeout` milliseconds. A signal does not count: the library would spin
+/// for a connection that is not there.
 fn wait(epoll: &Epoll, timeout: i32) -> io::Result<()> {
-    match epoll.wait(timeout, &mut [EpollEvent::default()]) {
-        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
-        _ => Ok(()),
+    loop {
+        match epoll.wait(timeout, &mut [EpollEvent::default()]) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result.map(drop),
+        }
     }
 }
