@@ -7,7 +7,7 @@ pub mod channels;
 pub mod driver;
 pub mod edges;
 pub mod fd_link;
-mod fine_timer;
+pub mod fine_timer;
 pub mod log_limit;
 pub mod lossy_link;
 pub mod pauses;

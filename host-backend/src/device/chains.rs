@@ -77,6 +77,11 @@ impl<'m> Batch<'m> {
         self.chains.is_empty()
     }
 
+    /// How many chains there are.
+    pub(super) fn chains(&self) -> usize {
+        self.chains.len()
+    }
+
     /// Pieces in a chain, on average and rounded up: a piece takes a descriptor of the ring, unless its chain has a table of
     /// its own.
     pub(super) fn pieces(&self) -> usize {

@@ -8,6 +8,7 @@ use virtproxy_engine::channel::{Progress, Sink};
 use vm_memory::GuestAddressSpace;
 
 use super::chains::{Batch, Direction, Limits};
+use super::gather::Gather;
 use super::late::Late;
 use super::port::{Cell, Rings};
 use super::ring::{Fault, Ring};
@@ -27,7 +28,7 @@ pub(super) fn receive(
     rings: &Rings,
     goes: bool,
     standing: Standing,
-    late: &mut Late,
+    (gather, late): (&mut Gather, &mut Late),
     reused: &mut Batch<'static>,
     sink: &mut Sink<'_>,
 ) -> io::Result<Progress> {
@@ -48,7 +49,7 @@ pub(super) fn receive(
 
     let mut batch = Batch::recycle(std::mem::take(reused));
     let result = Ring::new(&mut vring, &memory)
-        .and_then(|ring| transact(cell, ring, limits, late, &mut batch, sink));
+        .and_then(|ring| transact(cell, ring, limits, (gather, late), &mut batch, sink));
     *reused = Batch::recycle(batch);
     if vring.get_queue().next_avail() == before && standing != Standing::Open {
         // Nothing where the boundary says there is something: the driver took it back.
@@ -64,7 +65,7 @@ fn transact<'m>(
     cell: &Cell,
     mut ring: Ring<'_, 'm>,
     limits: Limits,
-    late: &mut Late,
+    (gather, late): (&mut Gather, &mut Late),
     batch: &mut Batch<'m>,
     sink: &mut Sink<'_>,
 ) -> Result<Progress, Fault> {
@@ -73,19 +74,20 @@ fn transact<'m>(
     let report = |fault| cell.report(Direction::FromGuest, &fault);
     batch.fill(&mut ring, Direction::FromGuest, limits, report)?;
     if batch.is_empty() {
-        return Ok(progress(&ring, before));
+        return Ok(progress(&ring, before, gather));
     }
     sink(&batch.segments);
+    gather.came(batch.len(), batch.chains());
     let pieces = batch.pieces();
     batch.give_back_read(&mut ring);
-    let progress = progress(&ring, before);
+    let progress = progress(&ring, before, gather);
     late.finish(ring, pieces);
     Ok(progress)
 }
 
 /// Whether there is more behind what was taken since `before`, with a kick asked for if there is not.
-fn progress(ring: &Ring<'_, '_>, before: u16) -> Progress {
-    match ring.next() != before || ring.arm(1) {
+fn progress(ring: &Ring<'_, '_>, before: u16, gather: &mut Gather) -> Progress {
+    match ring.next() != before || gather.arm(ring) {
         true => Progress::Again,
         false => Progress::Wait,
     }

@@ -116,26 +116,29 @@ impl Late {
     }
 }
 
-/// Whether the driver goes on without being told.
+/// Whether the driver goes on without being told, or taken notice of.
 #[derive(Debug, Default)]
-struct Trust {
+pub(super) struct Trust {
     doubts: u8,
     /// So many interrupts are not to be put off.
     prompt: u8,
 }
 
 impl Trust {
-    fn may_wait(&mut self) -> bool {
+    /// Whether to put it to the test once more.
+    pub(super) fn may_wait(&mut self) -> bool {
         let may = self.prompt == 0;
         self.prompt = self.prompt.saturating_sub(1);
         may
     }
 
-    fn went_on(&mut self) {
+    /// It did.
+    pub(super) fn went_on(&mut self) {
         self.doubts = self.doubts.saturating_sub(1);
     }
 
-    fn had_to_be_told(&mut self) {
+    /// It waited.
+    pub(super) fn had_to_be_told(&mut self) {
         self.doubts = self.doubts.saturating_mul(2).saturating_add(1);
         self.prompt = self.doubts;
     }

@@ -19,8 +19,8 @@
 //!
 //! The **control thread** (`control_queue`) never waits for anything but the end of a link's transaction: the
 //! guest's kernel spins until it has been heard. All bytes move on the **engine's thread**, in [`Link`] calls; a link
-//! hears its kicks there too (`kick`), and puts interrupts off that can wait (`late`). The **data thread** passes those
-//! kicks on that come before, and discards what the guest wrote to nobody. Neither this one nor the first may ever
+//! hears its kicks there too (`kick`), lets gather what a busy guest writes (`gather`), and puts interrupts off that can wait
+//! (`late`). The **data thread** passes those kicks on that come before, and discards what the guest wrote to nobody. Neither this one nor the first may ever
 //! return an error or panic: the library would end the thread without a word.
 //!
 //! Whoever changes something that another thread must act on *pokes* both worker threads: an eventfd in both their
@@ -53,6 +53,7 @@ mod control;
 mod control_queue;
 mod eager;
 mod from_guest;
+mod gather;
 mod kick;
 mod late;
 mod port;

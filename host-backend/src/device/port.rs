@@ -35,6 +35,7 @@ use vm_memory::GuestAddressSpace;
 use super::chains::{self, Batch, Direction};
 use super::control::HostSide;
 use super::eager::Eager;
+use super::gather::Gather;
 use super::kick::Kicks;
 use super::late::Late;
 use super::quiet::Quiet;
@@ -445,6 +446,7 @@ impl Port {
                     generation,
                     kicks,
                     eager: Eager::new(self.busy_poll),
+                    gather: Gather::new(),
                     late: Late::new(),
                     batch: Batch::default(),
                     pace: Pace::new(),
@@ -516,6 +518,7 @@ struct PortLink {
     generation: u64,
     kicks: Kicks,
     eager: Eager,
+    gather: Gather,
     late: Late,
     /// Only its buffers matter from call to call.
     batch: Batch<'static>,
@@ -561,8 +564,8 @@ impl Link for PortLink {
         let Some(rings) = state.rings.as_ref().filter(|_| standing != Standing::Over) else {
             return Err(io::ErrorKind::UnexpectedEof.into());
         };
-        let (late, batch) = (&mut self.late, &mut self.batch);
-        from_guest::receive(cell, rings, goes, standing, late, batch, sink)
+        let habits = (&mut self.gather, &mut self.late);
+        from_guest::receive(cell, rings, goes, standing, habits, &mut self.batch, sink)
     }
 
     fn send(&mut self, source: &mut Source<'_>) -> io::Result<Progress> {
@@ -590,8 +593,9 @@ impl Link for PortLink {
         let cell = &self.shared.ports[self.index];
         let watched = self.kicks.watch();
         cell.watched.store(watched, Ordering::SeqCst);
-        match (self.kicks.poll(cx), cell.link.poll(cx)) {
-            (Poll::Pending, Poll::Pending) => {
+        let gathered = self.gather.poll_due(cx);
+        match (self.kicks.poll(cx), cell.link.poll(cx), gathered) {
+            (Poll::Pending, Poll::Pending, Poll::Pending) => {
                 self.eager.idle(cx);
                 Poll::Pending
             }
