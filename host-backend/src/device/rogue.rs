@@ -185,7 +185,7 @@ pub fn run(bytes: &[u8]) {
     };
     // Links have a timer, which wants a runtime. Nobody drives it, so that time stands still.
     let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
+        .enable_all()
         .build()
         .expect("a runtime without I/O needs nothing of the system");
     let _inside = runtime.enter();
