@@ -17,6 +17,7 @@ use tracing::{error, info};
 use virtproxy_engine::admin;
 use virtproxy_engine::channel::{BoxFuture, Channel, Link};
 use virtproxy_engine::channels;
+use virtproxy_engine::counters::Channels;
 use virtproxy_engine::program::{self, CHANNELS, EXIT_CODES, End, Options};
 use virtproxy_engine::spec::{ChannelSpec, Method};
 use virtproxy_engine::unix_socket;
@@ -101,6 +102,7 @@ fn main() -> ExitCode {
                 PRODUCT,
                 &cli.options,
                 &|spec, options| other(spec, options),
+                &Channels::default(),
                 None,
             )
             .map(drop),
@@ -120,6 +122,7 @@ fn work(cli: &Cli, inherited: Inherited) -> ExitCode {
         Err(error) => return program::exit_code(Err(error.into())),
     };
     let replaced = Rc::new(Cell::new(false));
+    let counters = Channels::default();
     let make = |spec: &ChannelSpec, options: &Options| -> io::Result<Box<dyn Channel>> {
         if spec.method != Method::VhostUser {
             return other(spec, options);
@@ -131,11 +134,11 @@ fn work(cli: &Cli, inherited: Inherited) -> ExitCode {
             true => &cli.beside,
             false => &none,
         };
-        let port = MuxPort::start(spec, kept, beside, &cli.tuning, replaced.clone())?;
+        let port = MuxPort::start(spec, kept, beside, &cli.tuning, replaced.clone(), &counters)?;
         Ok(Box::new(port))
     };
     let on_hangup = || replaced.set(true);
-    match program::run_replaceable(PRODUCT, &cli.options, &make, Some(&on_hangup)) {
+    match program::run_replaceable(PRODUCT, &cli.options, &make, &counters, Some(&on_hangup)) {
         Ok(End::Replaced) => ExitCode::from(keeper::REPLACED),
         result => program::exit_code(result.map(drop)),
     }
@@ -171,6 +174,7 @@ impl MuxPort {
         beside: &Beside,
         tuning: &Tuning,
         replaced: Rc<Cell<bool>>,
+        counters: &Channels,
     ) -> io::Result<Self> {
         let first = kept.state.is_empty();
         let (device, ports) = Device::start_kept(&spec.addr, kept, beside.specs(), beside.room())
@@ -179,7 +183,7 @@ impl MuxPort {
             let queues = device.queues();
             info!("{spec}: QEMU's -device line must say num_vqs={queues}");
         }
-        let beside_mux = Rc::new(Ports::new(device, MUX_PORT));
+        let beside_mux = Rc::new(Ports::new(device, MUX_PORT, counters.clone()));
         let mut ports = ports.into_iter();
         let (_, mut port) = ports.next().expect("the mux port comes first");
         port.set_busy_poll(tuning.busy_poll());

@@ -4,6 +4,7 @@
 
 pub(crate) mod ends;
 pub(crate) mod log;
+pub(crate) mod peer;
 pub(crate) mod side;
 
 use std::future::Future;
@@ -15,6 +16,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::LocalSet;
 use tokio::time::timeout;
 use virtproxy_engine::driver::Settings;
+use virtproxy_engine::limits::Limits;
 use virtproxy_mux::Config;
 
 /// Nothing in these tests takes that long.
@@ -28,6 +30,7 @@ pub(crate) fn settings() -> Settings {
         connect_timeout: Duration::from_secs(5),
         wait_for_peer: Duration::from_secs(5),
         udp_timeout: Duration::from_secs(60),
+        limits: Limits::default(),
         session: Config::default(),
     }
 }
