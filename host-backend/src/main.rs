@@ -89,7 +89,8 @@ fn main() -> ExitCode {
     if let Some(command) = cli.command {
         return command.run();
     }
-    if let Err(message) = cli.beside.check(&cli.options.channels) {
+    let limits = cli.options.limits.session().map(drop);
+    if let Err(message) = cli.beside.check(&cli.options.channels).and(limits) {
         let mut command = Cli::command();
         command.error(ErrorKind::ArgumentConflict, message).exit();
     }
