@@ -4,9 +4,8 @@ mod support;
 
 use std::time::Duration;
 
-use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::time::sleep;
 use virtproxy_engine::counters::{Count, Counters};
 use virtproxy_engine::driver::Settings;
@@ -16,7 +15,7 @@ use virtproxy_mux::frame::kind;
 
 use support::ends::{End, end};
 use support::peer::{Peer, accept, code_of, frame, open, reset, word_of};
-use support::{connect, echo_server, ends_at_once, new_address, run};
+use support::{Deaf, connect, echo_server, ends_at_once, new_address, run};
 
 const WINDOW: u32 = 1 << 20;
 /// The slot of a stream that must not suffer.
@@ -49,36 +48,24 @@ fn refused(counters: &Counters) -> u64 {
     counters.ends.refused.of(Reason::Limit).get()
 }
 
+/// Every stream that was begun is open or has ended in one way.
+fn check_balance(counters: &Counters) {
+    let ends = &counters.ends;
+    let reasons = [
+        &ends.refused,
+        &ends.refused_by_peer,
+        &ends.reset,
+        &ends.reset_by_peer,
+    ];
+    let with_reason: u64 = reasons.into_iter().map(|table| table.total()).sum();
+    let ended = ends.finished.get() + ends.cut_off.get() + with_reason;
+    let begun = counters.opened.get() + counters.asked.get();
+    assert_eq!(begun, counters.streams.get() + ended);
+}
+
 async fn wait(count: &Count, value: u64) {
     while count.get() != value {
         sleep(Duration::from_millis(5)).await;
-    }
-}
-
-/// A target to which no connect comes through: its queue is full.
-struct Deaf {
-    _listener: Socket,
-    _queue: Vec<TcpStream>,
-    address: String,
-}
-
-impl Deaf {
-    async fn new() -> Self {
-        let address = new_address();
-        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-        let bound: std::net::SocketAddr = address.parse().unwrap();
-        listener.bind(&bound.into()).unwrap();
-        listener.listen(0).unwrap();
-        let mut queue = Vec::new();
-        let soon = Duration::from_millis(300);
-        while let Ok(client) = tokio::time::timeout(soon, TcpStream::connect(bound)).await {
-            queue.push(client.unwrap());
-        }
-        Deaf {
-            _listener: listener,
-            _queue: queue,
-            address,
-        }
     }
 }
 
@@ -110,6 +97,7 @@ fn half_open_connects_are_bounded() {
         wait(&counters.asked, 7).await;
         peer.echo(NEIGHBOUR, b"unharmed").await;
         assert_eq!(counters.limits.connecting.reached.get(), 2);
+        check_balance(counters);
     });
 }
 
@@ -134,6 +122,7 @@ fn a_flood_of_opens_is_cut_to_its_rate() {
         peer.echo(NEIGHBOUR, b"unharmed").await;
         sleep(Duration::from_millis(100)).await;
         peer.opened(400, "echo").await;
+        check_balance(&end.counters);
     });
 }
 
@@ -162,6 +151,7 @@ fn a_flood_of_resets_costs_the_peer_its_opens() {
         peer.echo(NEIGHBOUR, b"unharmed").await;
         sleep(Duration::from_millis(100)).await;
         peer.opened(400, "echo").await;
+        check_balance(&end.counters);
     });
 }
 
@@ -204,6 +194,8 @@ fn a_peer_that_opens_more_streams_than_it_was_told_is_at_fault_alone() {
         assert_eq!(code_of(&payload), 9);
         assert_eq!(end.counters.sessions.violated.get(), 1);
         wait(&end.counters.ends.cut_off, 1).await;
+        wait(&end.counters.streams, 0).await;
+        check_balance(&end.counters);
         neighbour.echo(NEIGHBOUR, b"unharmed").await;
     });
 }

@@ -13,8 +13,8 @@ use virtproxy_engine::limits::Limits;
 use virtproxy_mux::frame::kind;
 
 use support::ends::{End, end};
-use support::peer::{Peer, YOURS, accept, frame};
-use support::{connect, log, new_address, pattern, settings};
+use support::peer::{Peer, YOURS, accept, frame, open, reset};
+use support::{Deaf, connect, log, new_address, pattern, settings};
 
 const PATIENCE: Duration = Duration::from_millis(200);
 const PLENTY: u32 = 1 << 30;
@@ -145,6 +145,19 @@ fn a_frame_that_is_not_whole() {
         peer.say(&data[..12]).await;
         stuck(&end, On::Rest, "the rest of a frame does not come").await;
         peer.say(&data[12..]).await;
+        over(&end).await;
+    });
+}
+
+#[test]
+fn a_target_that_does_not_answer() {
+    run(async {
+        let deaf = Deaf::new().await;
+        let end = end(impatient(), &[], &[format!("deaf:{}", deaf.address)]).await;
+        let mut peer = Peer::of(&end, PLENTY).await;
+        peer.say(&open(0, "deaf")).await;
+        stuck(&end, On::Target, "(deaf)").await;
+        peer.say(&reset(0)).await;
         over(&end).await;
     });
 }

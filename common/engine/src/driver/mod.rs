@@ -593,7 +593,7 @@ impl Driver {
     /// Lets the counters show where things stand.
     fn publish(&self) {
         let (counters, limits) = (&self.counters, &self.counters.limits);
-        let streams = self.locals.len() - self.waiting.len();
+        let streams = self.locals.len().saturating_sub(self.waiting.len());
         counters.session(self.session.stats());
         counters
             .established
