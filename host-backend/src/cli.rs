@@ -10,6 +10,7 @@ use clap::{Args, Subcommand};
 use serde_json::Value;
 use tracing::warn;
 use virtproxy_engine::admin::{self, CallError, Request};
+use virtproxy_engine::limits::HEADING;
 use virtproxy_engine::program::Options;
 use virtproxy_engine::spec::{ChannelSpec, Method};
 use virtproxy_host::confine::{self, Needs};
@@ -96,7 +97,7 @@ pub(crate) struct Beside {
     console: Option<Place>,
 
     /// Leave room for N ports in all, so that some can be added later; QEMU's num_vqs is 2 * (N + 1)
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=31))]
+    #[arg(long, value_name = "N", help_heading = HEADING, value_parser = clap::value_parser!(u8).range(1..=31))]
     max_ports: Option<u8>,
 
     /// Take commands (virtproxy port ...) on a UNIX socket at PATH

@@ -17,6 +17,7 @@ use tracing::{error, info};
 use virtproxy_engine::admin;
 use virtproxy_engine::channel::{BoxFuture, Channel, Link};
 use virtproxy_engine::channels;
+use virtproxy_engine::counters::Channels;
 use virtproxy_engine::program::{self, CHANNELS, EXIT_CODES, End, Failure, MakeChannel, Options};
 use virtproxy_engine::spec::{ChannelSpec, Method};
 use virtproxy_engine::unix_socket;
@@ -92,7 +93,8 @@ fn main() -> ExitCode {
     if let Some(command) = cli.command {
         return command.run();
     }
-    if let Err(message) = cli.beside.check(&cli.options.channels) {
+    let limits = cli.options.limits.session().map(drop);
+    if let Err(message) = cli.beside.check(&cli.options.channels).and(limits) {
         let mut command = Cli::command();
         command.error(ErrorKind::ArgumentConflict, message).exit();
     }
@@ -100,7 +102,7 @@ fn main() -> ExitCode {
     let devices: Vec<_> = cli.options.channels.iter().filter(is_device).collect();
     match cli.kept.clone() {
         Some(inherited) => work(&cli, inherited),
-        None if devices.is_empty() => run(&cli, &other, None),
+        None if devices.is_empty() => run(&cli, &other, &Channels::default(), None),
         None => keep(&cli, &devices),
     }
 }
@@ -124,6 +126,7 @@ fn work(cli: &Cli, inherited: Inherited) -> ExitCode {
         Err(error) => return program::exit_code(Err(error.into())),
     };
     let replaced = Rc::new(Cell::new(false));
+    let counters = Channels::default();
     let make = |spec: &ChannelSpec, options: &Options| -> io::Result<Box<dyn Channel>> {
         if spec.method != Method::VhostUser {
             return other(spec, options);
@@ -135,15 +138,20 @@ fn work(cli: &Cli, inherited: Inherited) -> ExitCode {
             true => &cli.beside,
             false => &none,
         };
-        let port = MuxPort::new(spec, kept, beside, &cli.tuning, replaced.clone())?;
+        let port = MuxPort::new(spec, kept, beside, &cli.tuning, replaced.clone(), &counters)?;
         Ok(Box::new(port))
     };
-    run(cli, &make, Some(&|| replaced.set(true)))
+    run(cli, &make, &counters, Some(&|| replaced.set(true)))
 }
 
-fn run(cli: &Cli, make: MakeChannel<'_>, replaced: Option<&dyn Fn()>) -> ExitCode {
+fn run(
+    cli: &Cli,
+    make: MakeChannel<'_>,
+    counters: &Channels,
+    replaced: Option<&dyn Fn()>,
+) -> ExitCode {
     let ready = || cli.sandbox.enter(&cli.options, &cli.beside);
-    match program::run_replaceable(PRODUCT, &cli.options, make, &ready, replaced) {
+    match program::run_replaceable(PRODUCT, &cli.options, make, &ready, counters, replaced) {
         Ok(End::Replaced) => ExitCode::from(keeper::REPLACED),
         result => program::exit_code(result.map(drop)),
     }
@@ -181,6 +189,7 @@ impl MuxPort {
         beside: &Beside,
         tuning: &Tuning,
         replaced: Rc<Cell<bool>>,
+        counters: &Channels,
     ) -> io::Result<Self> {
         let first = kept.state.is_empty();
         let (device, ports) = Device::kept(&spec.addr, kept, beside.specs(), beside.room())
@@ -189,7 +198,7 @@ impl MuxPort {
             let queues = device.queues();
             info!("{spec}: QEMU's -device line must say num_vqs={queues}");
         }
-        let beside_mux = Rc::new(Ports::new(device, MUX_PORT));
+        let beside_mux = Rc::new(Ports::new(device, MUX_PORT, counters.clone()));
         let mut ports = ports.into_iter();
         let (_, mut port) = ports.next().expect("the mux port comes first");
         port.set_busy_poll(tuning.busy_poll());

@@ -17,6 +17,7 @@ use frontend::guest::{CONSOLE_PORT, DEVICE_REMOVE, PORT_OPEN, PORT_READY, RESIZE
 use frontend::{Guest, NAME, Pattern, Setup, log, socket_path};
 use tokio::sync::oneshot;
 use virtproxy_engine::admin::{self, CallError, Request};
+use virtproxy_engine::counters::Channels;
 use virtproxy_engine::unix_socket;
 use virtproxy_host::device::{Device, PortSpec};
 use virtproxy_host::ports::{CONSOLE, Place, PortArg, Ports, console_spec, port_spec};
@@ -54,7 +55,7 @@ impl Program {
                     .chain(ports.iter().map(spec))
                     .collect();
                 let (device, made) = Device::start(&paths.0, specs, room).unwrap();
-                let served = Rc::new(Ports::new(device, NAME));
+                let served = Rc::new(Ports::new(device, NAME, Channels::default()));
                 let mut made = made.into_iter();
                 let _mux = made.next();
                 for ((name, place), port) in ports.into_iter().zip(made) {
@@ -563,6 +564,10 @@ fn each_bad_command_is_answered_with_its_cure() {
     let error = program.add("r=pty").unwrap_err().to_string();
     assert!(error.contains("room for 3 ports"), "{error}");
     assert_eq!(program.list()["ports"].as_array().unwrap().len(), 2);
+    let counters = admin::call(&program.admin, &Request::new("counters")).unwrap();
+    let ports = serde_json::json!({"limit": 2, "now": 2, "reached": 1});
+    assert_eq!(counters["ports"], ports);
+    assert_eq!(counters["channels"], serde_json::json!([]));
 }
 
 #[test]

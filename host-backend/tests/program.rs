@@ -10,6 +10,9 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+use virtproxy_engine::admin::{self, Request};
+
 use frontend::{Guest, Setup, socket_path};
 
 fn virtproxy() -> Command {
@@ -225,6 +228,43 @@ fn there_and_back(guest: &mut Guest, port: usize, mut peer: impl Read + Write) {
 }
 
 #[test]
+fn its_counters_are_shown_to_whoever_asks() {
+    let (socket, admin) = (socket_path(), socket_path());
+    let flags = [
+        "--max-streams=77",
+        "--max-stream-buffer=32K",
+        "--admin",
+        admin.to_str().unwrap(),
+    ];
+    let _program = start(&socket, &flags);
+    let counters = || admin::call(&admin, &Request::new("counters"));
+    let end = Instant::now() + Duration::from_secs(20);
+    let mut guest = Guest::boot(&socket, Setup::default());
+    guest.open(0);
+    let shown = loop {
+        match counters() {
+            Ok(shown) if shown["channels"][0]["up"] == true => break shown,
+            _ => assert!(Instant::now() < end, "the link does not come up"),
+        }
+        thread::sleep(Duration::from_millis(2));
+    };
+    let channel = &shown["channels"][0];
+    let name = format!("vhost-user:{}:-", socket.display());
+    assert_eq!(channel["channel"], *name);
+    assert_eq!(channel["established"], false);
+    assert_eq!(channel["links"], 1);
+    let streams = json!({"limit": 77, "now": 0, "reached": 0});
+    assert_eq!(channel["limits"]["streams"], streams);
+    let buffer = json!({"limit": 32768, "reached": 0});
+    assert_eq!(channel["limits"]["stream_buffer"], buffer);
+    let ports = json!({"limit": 0, "now": 0, "reached": 0});
+    assert_eq!(shown["ports"], ports);
+    let odd = Request::new("counters").with("x", 1);
+    let error = admin::call(&admin, &odd).unwrap_err().to_string();
+    assert!(error.contains("unknown key"), "{error}");
+}
+
+#[test]
 fn bad_flags_end_with_code_2_and_a_line_that_names_them() {
     let device = ["-c", "vhost-user:/nonexistent/vp.sock:-"];
     for (flags, part) in [
@@ -246,6 +286,7 @@ fn bad_flags_end_with_code_2_and_a_line_that_names_them() {
             "'--console <PLACE>'",
         ),
         (&["--max-ports", "0"], "'--max-ports <N>'"),
+        (&["--max-buffer", "16M"], "use --max-streams 2048"),
     ] {
         let output = virtproxy().args(device).args(flags).output().unwrap();
         let error = String::from_utf8(output.stderr).unwrap();

@@ -16,7 +16,9 @@ use tracing_subscriber::EnvFilter;
 use virtproxy_mux::Config;
 
 use crate::channel::Channel;
+use crate::counters::Channels;
 use crate::driver::{Driver, DriverError, Settings};
+use crate::limits::Limits;
 use crate::spec::{ChannelSpec, ForwardSpec};
 
 /// How the programs exit, for `--help` and the manual.
@@ -104,6 +106,10 @@ pub struct Options {
     #[arg(long, conflicts_with = "tls_creds")]
     pub insecure_plaintext: bool,
 
+    /// What may be used at most.
+    #[command(flatten)]
+    pub limits: Limits,
+
     /// Say more: -v each stream, -vv each hop of a byte (or set RUST_LOG)
     #[arg(short = 'v', long = "verbose", action = ArgAction::Count)]
     pub verbose: u8,
@@ -139,7 +145,7 @@ fn is_first_version() -> bool {
     name.is_some_and(|name| Path::new(&name).file_name() == Some("qemu-vp".as_ref()))
 }
 
-fn seconds(value: &str) -> Result<Duration, String> {
+pub(crate) fn seconds(value: &str) -> Result<Duration, String> {
     let wrong = || format!("{value:?} is not a number of seconds: write one like 10 or 0.5");
     let seconds: f64 = value.parse().map_err(|_| wrong())?;
     Duration::try_from_secs_f64(seconds)
@@ -208,7 +214,8 @@ pub enum End {
 /// Runs a program until it is asked to end. `product` is its name and version.
 pub fn run(product: &str, options: &Options, make: MakeChannel<'_>, ready: Ready<'_>) -> ExitCode {
     start_log(options.verbose);
-    exit_code(run_replaceable(product, options, make, ready, None).map(drop))
+    let counters = Channels::default();
+    exit_code(run_replaceable(product, options, make, ready, &counters, None).map(drop))
 }
 
 /// The exit code, once the user knows what went wrong.
@@ -222,18 +229,20 @@ pub fn exit_code(result: Result<(), Failure>) -> ExitCode {
     }
 }
 
-/// Runs a program whose log is started. With `replaced`, SIGHUP has it called, and then ends the program without a delay.
+/// Runs a program whose log is started. Each channel's counters are added to `counters`. With `replaced`, SIGHUP has it called, and then ends the program without a delay.
 pub fn run_replaceable(
     product: &str,
     options: &Options,
     make: MakeChannel<'_>,
     ready: Ready<'_>,
+    counters: &Channels,
     replaced: Option<&dyn Fn()>,
 ) -> Result<End, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    LocalSet::new().block_on(&runtime, serve(product, options, make, ready, replaced))
+    let served = serve(product, options, make, ready, counters, replaced);
+    LocalSet::new().block_on(&runtime, served)
 }
 
 /// Lets the program tell its user what it does.
@@ -260,8 +269,10 @@ async fn serve(
     options: &Options,
     make: MakeChannel<'_>,
     ready: Ready<'_>,
+    counters: &Channels,
     replaced: Option<&dyn Fn()>,
 ) -> Result<End, Failure> {
+    let session = options.limits.session().map_err(Failure::Usage)?;
     if let Err(error) = raise_descriptor_limit() {
         debug!("cannot raise the limit of open files: {error}");
     }
@@ -283,12 +294,14 @@ async fn serve(
             connect_timeout: options.connect_timeout,
             wait_for_peer: options.wait_for_peer,
             udp_timeout: options.udp_timeout,
+            limits: options.limits.clone(),
             session: Config {
                 product: product.into(),
-                ..Config::default()
+                ..session.clone()
             },
         };
         let driver = Driver::new(settings, &out, &serve)?;
+        counters.add(spec.to_string(), driver.counters());
         let named = |source| Failure::Channel {
             channel: spec.to_string(),
             source,

@@ -30,6 +30,7 @@ mod table;
 pub use hello::{Hello, VERSION};
 pub use reason::{End, Reason, Violation};
 pub use session::{
-    Config, DEFAULT_TURN, Envelope, Event, OpenError, Payload, Session, Stats, Time, Transmit,
+    Config, CreditView, DEFAULT_TURN, Envelope, Event, OpenError, Payload, Session, Stats, Time,
+    Transmit,
 };
 pub use stream::StreamId;

@@ -103,6 +103,11 @@ impl Schedule {
         }
     }
 
+    /// Whether nobody is in line.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.fresh.is_empty() && self.bulk.is_empty()
+    }
+
     /// Entries in both lines, those of streams that are gone included.
     #[cfg(feature = "sim")]
     pub(crate) fn len(&self) -> usize {

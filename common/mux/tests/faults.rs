@@ -110,6 +110,7 @@ fn unread_bytes_of_ended_streams_count_against_the_memory() {
         "{refusal:?}"
     );
     assert_eq!(bench.session.open("x"), Err(OpenError::Limit));
+    assert_eq!(bench.session.stats().memory_refused, 2);
     bench
         .session
         .consumed(bench.now, unread[0], MIN_WINDOW as usize);

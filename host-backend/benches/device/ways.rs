@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use virtproxy_engine::channel::{Channel, Link, Progress};
 use virtproxy_engine::driver::{Driver, Settings};
+use virtproxy_engine::limits::Limits;
 use virtproxy_engine::segment::Segment;
 use virtproxy_host::device::{DeviceHandle, Port};
 use virtproxy_mux::Config;
@@ -165,6 +166,7 @@ impl Sockets {
             connect_timeout: Duration::from_secs(10),
             wait_for_peer: Duration::from_secs(10),
             udp_timeout: Duration::from_secs(60),
+            limits: Limits::default(),
             session: Config::default(),
         };
         let serve = format!("bulk:{}:-", path.display()).parse().unwrap();

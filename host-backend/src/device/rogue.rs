@@ -187,7 +187,7 @@ pub fn run(bytes: &[u8]) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .expect("a runtime without I/O needs nothing of the system");
+        .expect("a runtime needs three descriptors");
     let _inside = runtime.enter();
     let mut world = World::new();
     for op in ops.into_iter().take(MOST_OPS) {

@@ -20,6 +20,7 @@ use tokio::task::JoinHandle;
 use tracing::info;
 use virtproxy_engine::admin::{Handler, Request, RequestError};
 use virtproxy_engine::channel::BoxFuture;
+use virtproxy_engine::counters::{Channels, Count};
 use virtproxy_engine::sandbox;
 
 pub use place::{CONSOLE, Place, PlaceError, PortArg};
@@ -75,7 +76,9 @@ pub enum PortError {
     Request(#[from] RequestError),
     #[error("{0:?}: {1}")]
     Arg(String, PlaceError),
-    #[error("unknown request {0:?}: the requests are port-add, port-remove and port-list")]
+    #[error(
+        "unknown request {0:?}: the requests are counters, port-add, port-remove and port-list"
+    )]
     Unknown(String),
 }
 
@@ -92,6 +95,10 @@ pub struct Ports {
     /// The port that is not ours to touch.
     mux: String,
     served: RefCell<Vec<Served>>,
+    /// Ports that there was no room for.
+    refused: Count,
+    /// What the program counts beside.
+    channels: Channels,
 }
 
 struct Served {
@@ -105,12 +112,14 @@ struct Served {
 }
 
 impl Ports {
-    /// No ports yet beside `mux`.
-    pub fn new(device: DeviceHandle, mux: &str) -> Self {
+    /// No ports yet beside `mux`. The counters of `channels` are shown with those of the ports.
+    pub fn new(device: DeviceHandle, mux: &str, channels: Channels) -> Self {
         Ports {
             device,
             mux: mux.to_owned(),
             served: RefCell::default(),
+            refused: Count::default(),
+            channels,
         }
     }
 
@@ -187,7 +196,12 @@ impl Ports {
         }
         // The guest sees the port only when its place is open.
         let door = self.open(&name, &place)?;
-        let port = self.device.add(port_spec(&name, &place))?;
+        let port = self.device.add(port_spec(&name, &place));
+        let port = port.inspect_err(|error| {
+            if matches!(error, StartError::Full { .. }) {
+                self.refused.inc();
+            }
+        })?;
         self.start(&name, place, door, port);
         Ok(self
             .served
@@ -225,7 +239,23 @@ impl Ports {
     fn list(&self) -> Value {
         let served = self.served.borrow();
         let ports: Vec<_> = served.iter().map(Served::show).collect();
-        json!({"ports": ports, "room": self.device.room() - 1})
+        json!({"ports": ports, "room": self.room()})
+    }
+
+    /// How many ports there may be beside that of the mux.
+    fn room(&self) -> usize {
+        self.device.room() - 1
+    }
+
+    fn counters(&self) -> Value {
+        json!({
+            "channels": self.channels.show(),
+            "ports": {
+                "limit": self.room(),
+                "now": self.served.borrow().len(),
+                "reached": self.refused.get(),
+            },
+        })
     }
 
     async fn answer(&self, mut request: Request) -> Result<Value, PortError> {
@@ -240,6 +270,10 @@ impl Ports {
                 let name = request.string("name")?;
                 request.end()?;
                 self.remove(name).await
+            }
+            "counters" => {
+                request.end()?;
+                Ok(self.counters())
             }
             "port-list" => {
                 request.end()?;

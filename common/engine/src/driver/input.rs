@@ -13,6 +13,7 @@ use virtproxy_mux::{Event, Reason, StreamId};
 
 use super::local::Phase;
 use super::{Driver, STALL};
+use crate::counters::Ended;
 use crate::segment::{Cursor, MAX_IOV, Segment};
 use crate::spec::is_udp;
 
@@ -36,6 +37,7 @@ impl Driver {
     pub(super) fn on_bytes(&mut self, segments: &[Segment<'_>]) -> usize {
         let cursor = Cursor::new(segments);
         let len = cursor.remaining();
+        self.counters.link_received.add(len as u64);
         self.take_all(cursor);
         let waits = self.session.is_sealed() && self.session.is_mid_frame();
         self.stall = waits.then(|| self.clock + self.patience);
@@ -110,7 +112,12 @@ impl Driver {
             return self.session.consumed(now, stream, n);
         };
         match self.locals[key].write(segments) {
-            Ok(written) => self.session.consumed(now, stream, written),
+            Ok(written) => {
+                self.session.consumed(now, stream, written);
+                if written < n {
+                    self.kept(stream);
+                }
+            }
             Err(error) => {
                 self.session.consumed(now, stream, n);
                 self.broken(stream, &error);
@@ -118,10 +125,19 @@ impl Driver {
         }
     }
 
+    /// A socket did not take all that came: counts when its stream may keep no more.
+    fn kept(&self, stream: StreamId) {
+        let credit = self.session.stream_credit(stream);
+        if credit.is_some_and(|credit| credit.granted == 0) {
+            self.counters.limits.stream_buffer.reached.inc();
+        }
+    }
+
     fn on_event(&mut self, event: Event) {
         match event {
             Event::Established(peer) => {
                 info!(peer = peer.product, "session established");
+                self.counters.sessions.established.inc();
                 self.incompatible = false;
                 self.open_waiting();
             }
@@ -146,7 +162,7 @@ impl Driver {
                     let service = self.service_of(stream);
                     warn!("{service}: refused by the other end: {reason}: {text}{more}");
                 }
-                self.remove_stream(stream, "refused");
+                self.remove_stream(stream, Ended::RefusedByPeer(reason, &text));
             }
             Event::Finished(stream) => {
                 if let Some(key) = self.key_of(stream) {
@@ -159,6 +175,7 @@ impl Driver {
                 reason,
                 text,
             } => {
+                self.quota.reset(self.now(), stream);
                 let usual = reason == Reason::Cancelled || is_udp(self.service_of(stream));
                 let worth_telling = if usual {
                     None
@@ -166,13 +183,10 @@ impl Driver {
                     self.resets.pass(Instant::now())
                 };
                 let service = self.service_of(stream);
-                match worth_telling {
-                    Some(more) => {
-                        info!(%stream, service, %reason, text, "reset by the other end{more}");
-                    }
-                    None => debug!(%stream, service, %reason, text, "reset by the other end"),
+                if let Some(more) = worth_telling {
+                    info!(%stream, service, %reason, text, "reset by the other end{more}");
                 }
-                self.remove_stream(stream, "reset by the other end");
+                self.remove_stream(stream, Ended::ResetByPeer(reason, &text));
             }
             Event::RoundTrip(micros) => {
                 debug!(micros, "round trip");

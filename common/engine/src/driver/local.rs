@@ -8,10 +8,12 @@
 //! Events are edge-triggered, so `readable` and `writable` stay true until a call says "not now".
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::time::Instant;
 
+use socket2::SockRef;
 use tokio::task::AbortHandle;
 use virtproxy_mux::StreamId;
 
@@ -42,6 +44,8 @@ pub(super) struct Local {
     /// Its socket; none while connecting.
     pub(super) socket: Option<Socket>,
     pub(super) backlog: Backlog,
+    /// Bytes that the socket took, and that it gave.
+    pub(super) moved: [u64; 2],
     /// There may be bytes to read.
     pub(super) readable: bool,
     writable: bool,
@@ -70,6 +74,7 @@ impl Local {
             stream: None,
             socket: None,
             backlog: Backlog::default(),
+            moved: [0; 2],
             readable: false,
             writable: true,
             read_closing: false,
@@ -102,6 +107,7 @@ impl Local {
             Ok(n) => {
                 // A short read has emptied the socket (epoll(7)), unless its end of file is still to be read.
                 self.readable = n == offered || self.read_closing;
+                self.moved[1] += n as u64;
                 Ok(Read::Bytes(n))
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -127,7 +133,18 @@ impl Local {
         }
         let left = cursor.remaining();
         self.backlog.push(&mut cursor, left);
+        self.moved[0] += (len - left) as u64;
         Ok(len - left)
+    }
+
+    /// Whether bytes, or their end, are there to be read: `readable` only says that it may be so.
+    pub(super) fn has_bytes(&self) -> bool {
+        let Some(socket) = self.socket.as_ref().filter(|_| self.readable) else {
+            return false;
+        };
+        SockRef::from(&socket.as_fd())
+            .peek(&mut [MaybeUninit::uninit()])
+            .is_ok()
     }
 
     /// Writes what waits, as far as the socket takes it; returns how many bytes it took.
@@ -137,6 +154,7 @@ impl Local {
         };
         let result = self.backlog.flush(socket.as_fd());
         self.writable = self.backlog.is_empty();
+        self.moved[0] += result.0 as u64;
         result
     }
 

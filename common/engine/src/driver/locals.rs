@@ -10,7 +10,8 @@ use tracing::{debug, info, warn};
 use virtproxy_mux::{OpenError, Reason, StreamId};
 
 use super::local::{Local, Phase};
-use super::{Connected, Driver, EVENTS, MAX_CONNECTING, MAX_WAITING};
+use super::{Connected, Driver, EVENTS, MAX_WAITING};
+use crate::counters::Ended;
 use crate::sandbox;
 use crate::socket::Socket;
 use crate::spec::is_udp;
@@ -138,6 +139,7 @@ impl Driver {
         match self.session.open(&local.service) {
             Ok(stream) => {
                 debug!(%stream, service = %local.service, "asked the other end to open");
+                self.counters.opened.inc();
                 local.phase = Phase::Opening;
                 self.join(stream, key);
             }
@@ -147,12 +149,16 @@ impl Driver {
                 } else if self.waits_until(key) <= Some(Instant::now()) {
                     self.refuse_client(key, "the other end is not there");
                 } else if self.waiting.len() >= MAX_WAITING {
+                    self.counters.limits.waiting.reached.inc();
                     self.refuse_client(key, "too many clients wait for the other end");
                 } else {
                     self.waiting.push_back(key);
                 }
             }
-            Err(OpenError::Limit) => self.refuse_client(key, "the limit of streams is reached"),
+            Err(OpenError::Limit) => {
+                self.counters.limits.streams.reached.inc();
+                self.refuse_client(key, "the limit of streams is reached");
+            }
             Err(OpenError::BadServiceName) => self.refuse_client(key, "bad service name"),
         }
     }
@@ -200,11 +206,14 @@ impl Driver {
         let Some(local) = self.locals.try_remove(key) else {
             return;
         };
+        self.counters.clients_refused.inc();
         if is_udp(&local.service) {
             // Its next datagram tries again, for as long as the other end is not there.
             debug!(service = %local.service, why, "a flow is refused");
         } else if let Some(more) = self.refusals.pass(Instant::now()) {
             warn!("{}: a client is refused: {why}{more}", local.service);
+        } else {
+            debug!("{}: a client is refused: {why}", local.service);
         }
         if let Some(socket) = local.socket {
             socket.abort();
@@ -226,7 +235,7 @@ impl Driver {
             }
             (Phase::Opening, Some(stream)) if gone => {
                 self.session.reset(stream, Reason::Cancelled, "");
-                self.remove_stream(stream, "client gave up");
+                self.remove_stream(stream, Ended::Reset(Reason::Cancelled, "client gave up"));
             }
             (Phase::Open, Some(stream)) => {
                 if local.readable {
@@ -260,7 +269,8 @@ impl Driver {
         if let Some(local) = self.locals.get_mut(key) {
             local.settle();
             if local.is_done() {
-                debug!(%stream, service = %local.service, "stream ended");
+                debug!(%stream, service = %local.service, why = %Ended::Finished, "stream ended");
+                self.counters.ended(Ended::Finished);
                 self.locals.remove(key);
             }
         }
@@ -268,19 +278,25 @@ impl Driver {
 
     /// The local socket broke.
     pub(super) fn broken(&mut self, stream: StreamId, error: &io::Error) {
-        self.session
-            .reset(stream, Reason::ConnectionBroken, &error.to_string());
-        self.remove_stream(stream, &error.to_string());
+        let text = error.to_string();
+        self.session.reset(stream, Reason::ConnectionBroken, &text);
+        self.remove_stream(stream, Ended::Reset(Reason::ConnectionBroken, &text));
     }
 
-    /// Cuts off and forgets the local side of a stream.
-    pub(super) fn remove_stream(&mut self, stream: StreamId, why: &str) {
+    /// A stream that has a local side ended: cuts that off and forgets it.
+    pub(super) fn remove_stream(&mut self, stream: StreamId, how: Ended<'_>) {
         let Some(key) = self.key_of(stream) else {
             return;
         };
+        let service = &self.locals[key].service;
+        debug!(%stream, %service, why = %how, "stream ended");
+        self.counters.ended(how);
+        self.cut_off(stream, key);
+    }
+
+    fn cut_off(&mut self, stream: StreamId, key: usize) {
         let now = self.now();
         let local = self.locals.remove(key);
-        debug!(%stream, service = %local.service, why, "stream cut off");
         self.session.consumed(now, stream, local.backlog.len());
         if let Phase::Connecting(task) = local.phase {
             task.abort();
@@ -297,24 +313,21 @@ impl Driver {
             info!(streams = streams.len(), why, "streams cut off");
         }
         for stream in streams {
-            self.remove_stream(stream, why);
+            self.remove_stream(stream, Ended::CutOff(why));
         }
         self.peer_silent = false;
     }
 
     /// The peer asks for a stream to a service: starts connecting, or refuses.
     pub(super) fn asked(&mut self, stream: StreamId, service: &str) {
+        self.counters.asked.inc();
+        let (now, connecting) = (self.now(), self.connects.len());
+        if let Err(full) = self.quota.open(now, connecting, &self.counters) {
+            return self.refuse(stream, service, Reason::Limit, full);
+        }
         let Some(target) = self.services.get(service).cloned() else {
             return self.refuse(stream, service, Reason::NoSuchService, "no -i names it");
         };
-        if self.connects.len() >= MAX_CONNECTING {
-            return self.refuse(
-                stream,
-                service,
-                Reason::Limit,
-                "too many connects under way",
-            );
-        }
         let deadline = self.settings.connect_timeout;
         let key = self.locals.vacant_key();
         let task = self.connects.spawn(async move {
@@ -357,7 +370,7 @@ impl Driver {
                     _ => Reason::TargetUnreachable,
                 };
                 let service = self.locals[key].service.clone();
-                self.remove_stream(stream, "target not connected");
+                self.cut_off(stream, key);
                 self.refuse(stream, &service, reason, &error.to_string());
             }
         }
@@ -367,6 +380,9 @@ impl Driver {
         if let Some(more) = self.refusals.pass(Instant::now()) {
             warn!("{service}: the other end's request is refused: {reason}: {text}{more}");
         }
+        let how = Ended::Refused(reason, text);
+        debug!(%stream, service, why = %how, "stream ended");
+        self.counters.ended(how);
         self.session.refuse(stream, reason, text);
     }
 }

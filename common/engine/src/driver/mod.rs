@@ -23,6 +23,8 @@ mod input;
 mod local;
 mod locals;
 mod output;
+mod quota;
+mod stalls;
 
 use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
@@ -39,11 +41,16 @@ use tracing::{debug, info, warn};
 use virtproxy_mux::{Config, End, Reason, Session, StreamId};
 
 use crate::channel::{Channel, Link, Needs, Progress};
+use crate::counters::{Counters, Ended};
 use crate::edges::Edges;
+use crate::limits::Limits;
 use crate::log_limit::LogLimit;
 use crate::socket::{Listener, Socket, Target};
 use crate::spec::ForwardSpec;
 use local::Local;
+use quota::Quota;
+pub use stalls::On;
+use stalls::Watchdog;
 
 /// Turns in a row before other tasks of the thread get theirs.
 const TURNS_BEFORE_YIELD: u32 = 8;
@@ -78,14 +85,14 @@ pub struct Settings {
     pub wait_for_peer: Duration,
     /// How long a UDP flow may carry nothing before it is ended.
     pub udp_timeout: Duration,
-    /// Limits of the session.
+    /// What may be used at most.
+    pub limits: Limits,
+    /// How the session is.
     pub session: Config,
 }
 
 /// Clients that may wait for the other end at once; more are refused.
 const MAX_WAITING: usize = 1024;
-/// Targets that may be being connected to at once; more are refused.
-const MAX_CONNECTING: usize = 1024;
 
 /// A listener cannot be set up: the forward, and why.
 #[derive(Debug, thiserror::Error)]
@@ -160,6 +167,9 @@ pub struct Driver {
     incompatible: bool,
     refusals: LogLimit,
     resets: LogLimit,
+    quota: Quota,
+    watchdog: Watchdog,
+    counters: Rc<Counters>,
 }
 
 /// An orderly end under way.
@@ -221,6 +231,9 @@ impl Driver {
             staged: Vec::new(),
             stall: None,
             patience: STALL,
+            quota: Quota::new(&settings.limits),
+            watchdog: Watchdog::new(settings.limits.stall_after),
+            counters: Rc::new(Counters::new(&settings.limits, MAX_WAITING)),
             settings,
             sockets,
             events: Events::with_capacity(EVENTS),
@@ -243,6 +256,11 @@ impl Driver {
             refusals: LogLimit::default(),
             resets: LogLimit::default(),
         })
+    }
+
+    /// What it counts.
+    pub fn counters(&self) -> Rc<Counters> {
+        self.counters.clone()
     }
 
     /// Serves `channel` until `stop` says how long streams may still go on, or the channel ends for good. An error means
@@ -269,6 +287,8 @@ impl Driver {
                 Err(error) => return Err(error),
             };
             debug!(channel = channel.name(), "link up");
+            self.counters.links.inc();
+            self.counters.up.set(1);
             self.needs = link.needs();
             self.receivable = true;
             self.new_session()?;
@@ -276,6 +296,9 @@ impl Driver {
             let outcome = match self.serve(&mut *link, &mut stop).await {
                 Ok(outcome) => outcome,
                 Err(error) => {
+                    if self.session.is_established() {
+                        self.counters.sessions.link_down.inc();
+                    }
                     let hangup = error.kind() == io::ErrorKind::UnexpectedEof;
                     let why = if hangup {
                         "hung up".into()
@@ -292,6 +315,7 @@ impl Driver {
                     Outcome::LinkEnded
                 }
             };
+            self.counters.up.set(0);
             self.abort_streams("the link to the other end is down");
             // At once: clients that come before the next link must find no session.
             self.new_session()?;
@@ -324,6 +348,7 @@ impl Driver {
                 return Ok(None);
             }
             self.local_events()?;
+            self.publish();
             let deadline = self.deadline();
             tokio::select! {
                 link = &mut opening => return link.map(Some),
@@ -378,6 +403,7 @@ impl Driver {
             self.connected(result);
         }
         self.keepalive();
+        self.look_for_stalls();
         let mut moved = 0;
         if self.receivable {
             let received = link.receive(&mut |segments| moved += self.on_bytes(segments))?;
@@ -393,6 +419,7 @@ impl Driver {
         if busy {
             self.look_now_and_then(moved);
         }
+        self.publish();
         Ok(busy)
     }
 
@@ -415,7 +442,14 @@ impl Driver {
         stopping: Option<&Stopping>,
     ) {
         let stop_step = stopping.map(|stopping| stopping.deadline);
-        let deadlines = [self.deadline(), stop_step, Some(self.next_ping), self.stall];
+        let stalls = self.stall_deadline();
+        let deadlines = [
+            self.deadline(),
+            stop_step,
+            Some(self.next_ping),
+            self.stall,
+            stalls,
+        ];
         let deadline = deadlines.into_iter().flatten().min();
         tokio::select! {
             biased;
@@ -431,6 +465,7 @@ impl Driver {
 
     /// The session is over: resets its streams, and makes a new one on the same link unless the peer is to blame.
     fn session_ended(&mut self, end: End) -> io::Result<Option<Outcome>> {
+        self.counters.session_ended(&end);
         self.abort_streams(&end.to_string());
         let now = Instant::now();
         if now - self.restarts.0 > Duration::from_secs(1) {
@@ -474,7 +509,7 @@ impl Driver {
         let streams: Vec<_> = self.streams().collect();
         for stream in streams {
             self.session.reset(stream, Reason::ShuttingDown, "");
-            self.remove_stream(stream, "shutting down");
+            self.remove_stream(stream, Ended::Reset(Reason::ShuttingDown, ""));
         }
         stop.deadline += FAREWELL;
         std::mem::replace(&mut stop.last, true)
@@ -491,6 +526,7 @@ impl Driver {
         self.session.ping();
         if !answered && !self.peer_silent {
             self.peer_silent = true;
+            self.counters.silences.inc();
             warn!(
                 "the other end has not answered for {KEEPALIVE:?}; it may be paused: its streams are kept"
             );
@@ -530,19 +566,46 @@ impl Driver {
             frame,
         } = self.needs;
         let usual = &self.settings.session;
+        let max_window = self.settings.limits.stream_window(usual.max_window, window);
+        self.counters
+            .limits
+            .stream_buffer
+            .limit
+            .set(max_window as usize);
         let config = Config {
             seal,
             turn,
-            max_window: usual.max_window.max(window),
+            max_window,
             session_window: usual.session_window.max(window),
             max_frame: usual.max_frame.max(frame),
             ..usual.clone()
         };
+        self.forget_stalls();
+        self.counters.session_over(self.session.stats());
         self.session = Session::new(config, new_epoch()?);
+        self.publish();
         self.next_ping = Instant::now() + self.ping_interval();
         self.staged.clear();
         (self.stall, self.patience) = (None, STALL);
         Ok(())
+    }
+
+    /// Lets the counters show where things stand.
+    fn publish(&self) {
+        let (counters, limits) = (&self.counters, &self.counters.limits);
+        let streams = self.locals.len().saturating_sub(self.waiting.len());
+        counters.session(self.session.stats());
+        counters
+            .established
+            .set(self.session.is_established().into());
+        counters.streams.set(streams);
+        limits.streams.now.set(streams);
+        limits.waiting.now.set(self.waiting.len());
+        limits.connecting.now.set(self.connects.len());
+        limits
+            .buffer
+            .now
+            .set(usize::try_from(self.session.committed()).unwrap_or(usize::MAX));
     }
 
     /// Microseconds from the driver's start to that of the present turn.

@@ -23,7 +23,9 @@ impl Driver {
                 Transmit::Data { stream, max } => self.data(stream, max, &mut cursor),
             }
         }
-        room - cursor.remaining()
+        let filled = room - cursor.remaining();
+        self.counters.link_sent.add(filled as u64);
+        filled
     }
 
     /// Reads up to `max` bytes of a stream into the room behind its header.

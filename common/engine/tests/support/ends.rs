@@ -2,11 +2,13 @@
 
 use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use virtproxy_engine::channel::{BoxFuture, Channel, Link};
+use virtproxy_engine::counters::Counters;
 use virtproxy_engine::driver::{Driver, Settings};
 use virtproxy_engine::fd_link::FdLink;
 use virtproxy_engine::spec::ForwardSpec;
@@ -34,6 +36,7 @@ pub(crate) struct End {
     pub(crate) links: mpsc::UnboundedSender<FdLink>,
     pub(crate) stop: watch::Sender<Option<Duration>>,
     pub(crate) done: tokio::task::JoinHandle<io::Result<()>>,
+    pub(crate) counters: Rc<Counters>,
 }
 
 /// One end, with its forwards as a user writes them.
@@ -51,10 +54,16 @@ pub(crate) async fn end_with(
     serve: &[ForwardSpec],
 ) -> End {
     let driver = Driver::new(settings, out, serve).unwrap();
+    let counters = driver.counters();
     let (links, receiver) = mpsc::unbounded_channel();
     let (stop, stopped) = watch::channel(None);
     let done = tokio::task::spawn_local(driver.run(Box::new(Handed(receiver)), stopped));
-    End { links, stop, done }
+    End {
+        links,
+        stop,
+        done,
+        counters,
+    }
 }
 
 impl End {

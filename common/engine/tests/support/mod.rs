@@ -4,17 +4,20 @@
 
 pub(crate) mod ends;
 pub(crate) mod log;
+pub(crate) mod peer;
 pub(crate) mod side;
 
 use std::future::Future;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::LocalSet;
 use tokio::time::timeout;
 use virtproxy_engine::driver::Settings;
+use virtproxy_engine::limits::Limits;
 use virtproxy_mux::Config;
 
 /// Nothing in these tests takes that long.
@@ -28,6 +31,7 @@ pub(crate) fn settings() -> Settings {
         connect_timeout: Duration::from_secs(5),
         wait_for_peer: Duration::from_secs(5),
         udp_timeout: Duration::from_secs(60),
+        limits: Limits::default(),
         session: Config::default(),
     }
 }
@@ -90,6 +94,33 @@ pub(crate) async fn echo_through(address: String, data: Vec<u8>) {
     read.read_to_end(&mut back).await.unwrap();
     writer.await.unwrap();
     assert!(back == data, "{} of {} bytes", back.len(), data.len());
+}
+
+/// A target to which no connect comes through: its queue is full.
+pub(crate) struct Deaf {
+    _listener: Socket,
+    _queue: Vec<TcpStream>,
+    pub(crate) address: String,
+}
+
+impl Deaf {
+    pub(crate) async fn new() -> Self {
+        let address = new_address();
+        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        let bound: std::net::SocketAddr = address.parse().unwrap();
+        listener.bind(&bound.into()).unwrap();
+        listener.listen(0).unwrap();
+        let mut queue = Vec::new();
+        let soon = Duration::from_millis(300);
+        while let Ok(client) = timeout(soon, TcpStream::connect(bound)).await {
+            queue.push(client.unwrap());
+        }
+        Deaf {
+            _listener: listener,
+            _queue: queue,
+            address,
+        }
+    }
 }
 
 /// A server that reads a client to its end and only then answers, twice what it got; its address.

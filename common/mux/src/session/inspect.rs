@@ -6,20 +6,7 @@ use alloc::vec::Vec;
 use core::hash::{Hash, Hasher};
 
 use super::{Envelope, Session, Stats};
-use crate::stream::{Stream, StreamId};
-
-/// Where the credit of a stream, or of the whole session, stands at one end, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CreditView {
-    /// What this end may still send.
-    pub send: u32,
-    /// What the peer may still send.
-    pub granted: u32,
-    /// What arrived and the local side has not taken.
-    pub held: u32,
-    /// What the local side has taken and was not granted anew.
-    pub returnable: u32,
-}
+use crate::stream::Stream;
 
 /// Counters tell what a session has done, not what it will do.
 impl Hash for Stats {
@@ -35,27 +22,6 @@ impl Envelope {
 }
 
 impl Session {
-    /// The credit of a stream that lives.
-    pub fn stream_credit(&self, id: StreamId) -> Option<CreditView> {
-        let stream = self.streams.get(id)?;
-        Some(CreditView {
-            send: stream.send.bytes(),
-            granted: stream.receive.granted.bytes(),
-            held: stream.receive.held,
-            returnable: stream.receive.returnable,
-        })
-    }
-
-    /// The credit of the session as a whole.
-    pub fn session_credit(&self) -> CreditView {
-        CreditView {
-            send: self.send.bytes(),
-            granted: self.receive.granted.bytes(),
-            held: self.receive.held,
-            returnable: self.receive.returnable,
-        }
-    }
-
     /// How many entries the session keeps beside its streams: in its lines, its events and its unfinished frame.
     pub fn backlog(&self) -> usize {
         self.control.len() + self.schedule.len() + self.events.len() + self.partial.len()

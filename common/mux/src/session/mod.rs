@@ -47,9 +47,9 @@ mod handshake;
 mod inspect;
 mod receive;
 mod transmit;
+mod view;
 
-#[cfg(feature = "sim")]
-pub use inspect::CreditView;
+pub use view::CreditView;
 
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
@@ -227,6 +227,10 @@ pub struct Stats {
     pub data_sent: u64,
     /// Data bytes received.
     pub data_received: u64,
+    /// Streams that could not be opened, by either side, because the memory is used up.
+    pub memory_refused: u64,
+    /// Times that a stream's window was not doubled only because the memory is short.
+    pub growth_denied: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -413,7 +417,10 @@ impl Session {
             (_, true) => return Err(OpenError::GoingAway),
             (Some(peer), _) => peer.max_streams.min(self.config.max_streams),
         };
-        let window = self.first_window().ok_or(OpenError::Limit)?;
+        let Some(window) = self.first_window() else {
+            self.stats.memory_refused += 1;
+            return Err(OpenError::Limit);
+        };
         let address = self.streams.new_address(limit);
         let id = self.streams.name(address.ok_or(OpenError::Limit)?);
         let mut stream = Stream::new(id, Phase::Opening);
@@ -625,8 +632,7 @@ impl Session {
 
     /// The most bytes that may ever be granted or held.
     fn memory(&self) -> u64 {
-        let least = u64::from(self.config.max_streams) * 2 * u64::from(MIN_WINDOW);
-        self.config.memory.max(least)
+        self.config.memory.max(self.config.set_aside())
     }
 
     /// Bytes that may be granted beyond the least window that is set aside for every stream there may yet be.

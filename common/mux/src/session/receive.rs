@@ -354,6 +354,7 @@ impl Session {
         self.admit(stream, window.unwrap_or(0))
             .ok_or(Violation::BadOpen)?;
         if window.is_none() {
+            self.stats.memory_refused += 1;
             self.refuse(id, Reason::Limit, "too much lies unread");
             return Ok(());
         }
@@ -482,6 +483,7 @@ impl Session {
         let round_trip = self.round_trip.unwrap_or(UNKNOWN_ROUND_TRIP);
         let max_window = self.config.max_window;
         let pool = self.pool();
+        let mut denied = false;
         let counted = self.with(id, |stream, committed| {
             if stream.receiving == Half::Ended {
                 return false;
@@ -498,7 +500,9 @@ impl Session {
                 let growth = receive
                     .window
                     .min(max_window - receive.window.min(max_window));
-                if fast && drained && u64::from(growth) * 4 <= pool {
+                let affordable = u64::from(growth) * 4 <= pool;
+                denied = fast && drained && !affordable;
+                if fast && drained && affordable {
                     receive.window += growth;
                     receive.returnable += growth;
                     *committed += u64::from(growth);
@@ -508,6 +512,7 @@ impl Session {
             stream.owed.credit |= receive.returnable >= receive.window / 2;
             true
         });
+        self.stats.growth_denied += u64::from(denied);
         if counted != Some(true) {
             self.committed = self.committed.saturating_sub(u64::from(n));
         }

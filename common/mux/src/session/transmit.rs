@@ -95,7 +95,7 @@ impl Session {
         }
     }
 
-    fn owes_session_credit(&self) -> bool {
+    pub(super) fn owes_session_credit(&self) -> bool {
         self.state == State::Established
             && self.receive.returnable >= self.config.session_window / 4
     }
