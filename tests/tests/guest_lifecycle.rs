@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 use virtproxy_tests::peer::{self, Caller};
 use virtproxy_tests::scene::{SOON, Scene};
 
@@ -62,18 +63,20 @@ fn check_new_streams(scene: &Scene, first: Duration, event: &str) -> Result<()> 
 fn streams_survive_a_pause_and_end_with_whatever_else_happens() -> Result<()> {
     let mut scene = Scene::start()?;
     pause(&scene)?;
+    main_loop_busy(&scene)?;
     agent_killed(&scene)?;
     agent_terminated(&scene)?;
     port_busy(&scene)?;
     driver_unbound(&scene)?;
+    guest_suspended(&scene)?;
     guest_reset(&scene)?;
     qemu_replaced(&mut scene)?;
     daemon_terminated(&mut scene)
 }
 
-/// QMP `stop` for 20 s in mid-traffic, then `cont`: nothing is lost at all.
-fn pause(scene: &Scene) -> Result<()> {
-    const PAUSE: Duration = Duration::from_secs(20);
+/// Transfers that all arrive whole, whatever `event` does meanwhile.
+fn transfers_survive(scene: &Scene, len: u64, event: impl FnOnce() -> Result<()>) -> Result<()> {
+    let sessions = scene.sessions();
     let mut caller = Caller::new(&scene.peer)?;
     caller.call(b"before")?;
     let address = &scene.peer;
@@ -81,23 +84,52 @@ fn pause(scene: &Scene) -> Result<()> {
         .into_iter()
         .map(|transfer| {
             let address = address.clone();
-            std::thread::spawn(move || transfer(&address, 64 * MIB, seed()))
+            std::thread::spawn(move || transfer(&address, len, seed()))
         })
         .collect();
     std::thread::sleep(Duration::from_millis(500));
-    scene.guest.stop()?;
     ensure!(
         transfers.iter().all(|transfer| !transfer.is_finished()),
-        "the pause came too late to be in mid-traffic"
+        "the event came too late to be in mid-traffic"
     );
-    std::thread::sleep(PAUSE);
-    scene.guest.cont()?;
+    event()?;
     for transfer in transfers {
         transfer.join().expect("no panic")?;
     }
     caller.call(b"after")?;
-    ensure!(scene.sessions() == 1, "the pause cost a session");
+    ensure!(scene.sessions() == sessions, "it cost a session");
+    Ok(())
+}
+
+/// QMP `stop` for 20 s in mid-traffic, then `cont`: nothing is lost at all.
+fn pause(scene: &Scene) -> Result<()> {
+    const PAUSE: Duration = Duration::from_secs(20);
+    transfers_survive(scene, 64 * MIB, || {
+        scene.guest.stop()?;
+        std::thread::sleep(PAUSE);
+        scene.guest.cont()
+    })?;
     println!("after stop and cont: three transfers of 64 MiB under way, all hashes equal");
+    Ok(())
+}
+
+/// QEMU writes the guest's memory to a file, again and again, and does nothing else meanwhile.
+fn main_loop_busy(scene: &Scene) -> Result<()> {
+    const TIMES: u32 = 20;
+    let file = scene.folder.join("memory");
+    let mut busy = Duration::ZERO;
+    transfers_survive(scene, 64 * MIB, || {
+        for _ in 0..TIMES {
+            let begin = Instant::now();
+            let arguments = json!({"val": 0, "size": 128 * MIB, "filename": file});
+            scene.guest.qmp("pmemsave", arguments)?;
+            busy += begin.elapsed();
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    })?;
+    std::fs::remove_file(&file)?;
+    println!("QEMU's main loop was busy {TIMES} times, {busy:?} in all: all hashes equal");
     Ok(())
 }
 
@@ -168,6 +200,32 @@ fn driver_unbound(scene: &Scene) -> Result<()> {
     old.wait_end(SOON)?;
     all_cut_off(traffic)?;
     check_new_streams(scene, first, "unbind and bind of the driver")
+}
+
+/// Suspends to memory (S3) and wakes up: the driver comes back with new rings and opens what was open.
+fn guest_suspended(scene: &Scene) -> Result<()> {
+    if !scene.guest.check("cat /sys/power/state")?.contains("mem")
+        || !scene
+            .guest
+            .check("cat /sys/power/mem_sleep")?
+            .contains("deep")
+    {
+        println!("NOT TESTED: this guest cannot suspend to memory");
+        return Ok(());
+    }
+    let (traffic, old) = (start_traffic(scene), Caller::new(&scene.peer)?);
+    let sessions = scene.sessions();
+    scene
+        .guest
+        .check("echo deep >/sys/power/mem_sleep; (sleep 0.3; echo mem >/sys/power/state) >/dev/null 2>&1 &")?;
+    scene.guest.event("SUSPEND", 3 * SOON)?;
+    std::thread::sleep(Duration::from_millis(500));
+    scene.guest.qmp("system_wakeup", json!({}))?;
+    scene.guest.event("WAKEUP", SOON)?;
+    let first = scene.wait_session(sessions + 1)?;
+    old.wait_end(SOON)?;
+    all_cut_off(traffic)?;
+    check_new_streams(scene, first, "suspension to memory")
 }
 
 fn guest_reset(scene: &Scene) -> Result<()> {
