@@ -52,6 +52,8 @@ use virtproxy_engine::program::Failure;
 use virtproxy_engine::spec::ChannelSpec;
 
 use device::Device;
+#[cfg(feature = "rogue")]
+pub use device::rogue;
 use leash::Word;
 pub use leash::{Inherited, Kept};
 pub(crate) use leash::{Leash, MAX_STATE};
