@@ -31,6 +31,10 @@ use super::leash;
 use super::record::Record;
 use super::wire::{Answer, Broken, Message, Wire};
 
+/// See [`rogue`].
+#[cfg(feature = "rogue")]
+pub mod rogue;
+
 /// Connections of QEMUs that wait while one is served.
 const BACKLOG: i32 = 16;
 

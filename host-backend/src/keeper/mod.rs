@@ -52,6 +52,8 @@ use virtproxy_engine::spec::ChannelSpec;
 
 use crate::confine::EXIT_CODE as DENIED;
 use device::Device;
+#[cfg(feature = "rogue")]
+pub use device::rogue;
 use leash::Word;
 pub use leash::{Inherited, Kept};
 pub(crate) use leash::{Leash, MAX_STATE};

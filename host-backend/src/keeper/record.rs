@@ -54,6 +54,10 @@ const ANSWERED: [u32; 6] = [
 /// VHOST_USER_PROTOCOL_F_REPLY_ACK.
 const REPLY_ACK: u64 = 1 << 3;
 
+/// The most messages of a replay.
+#[cfg(feature = "rogue")]
+pub(super) const MOST: usize = 5 + MAX_MEMORY + 7 * MAX_RINGS;
+
 type Kept = Option<Rc<Message>>;
 
 /// See the [module](self).
@@ -170,6 +174,13 @@ impl Record {
                 ring.kick = Some(message);
             }
         }
+    }
+
+    /// Panics unless the bounds hold.
+    #[cfg(feature = "rogue")]
+    pub(super) fn check(&self) {
+        assert!(self.memory.len() <= MAX_MEMORY && self.rings.len() <= MAX_RINGS);
+        assert!(self.replay().0.len() <= MOST);
     }
 
     /// There is none beyond those that a device can have: it will refuse the message.

@@ -80,7 +80,7 @@ impl Message {
         bytes.copied().map_or(0, u32::from_ne_bytes)
     }
 
-    fn bytes(&self, answer: Answer) -> Vec<u8> {
+    pub(super) fn bytes(&self, answer: Answer) -> Vec<u8> {
         let len = u32::try_from(self.payload.len()).unwrap_or(u32::MAX);
         let flags = match answer {
             Answer::AsItSays => self.flags,
@@ -123,6 +123,18 @@ impl Wire {
     /// Whether nothing waits to leave.
     pub(super) fn is_flushed(&self) -> bool {
         self.queue.is_empty()
+    }
+
+    /// How many messages wait to leave.
+    #[cfg(feature = "rogue")]
+    pub(super) fn queued(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// How much has come of a message that is not whole.
+    #[cfg(feature = "rogue")]
+    pub(super) fn partial(&self) -> usize {
+        self.bytes.len()
     }
 
     /// Lets a message leave as soon as there is room.

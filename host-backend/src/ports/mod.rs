@@ -6,6 +6,8 @@
 mod peer;
 mod place;
 mod relay;
+#[cfg(feature = "rogue")]
+pub mod rogue;
 mod terminal;
 
 use std::cell::{Cell, RefCell};
@@ -80,6 +82,41 @@ pub enum PortError {
         "unknown request {0:?}: the requests are counters, port-add, port-remove and port-list"
     )]
     Unknown(String),
+}
+
+/// What an admin client wants.
+enum Asked {
+    Add(PortArg),
+    Remove(String),
+    List,
+    Counters,
+}
+
+impl Asked {
+    fn new(mut request: Request) -> Result<Self, PortError> {
+        match request.name() {
+            "port-add" => {
+                let text = request.string("port")?;
+                request.end()?;
+                let arg = text.parse().map_err(|error| PortError::Arg(text, error))?;
+                Ok(Asked::Add(arg))
+            }
+            "port-remove" => {
+                let name = request.string("name")?;
+                request.end()?;
+                Ok(Asked::Remove(name))
+            }
+            "port-list" => {
+                request.end()?;
+                Ok(Asked::List)
+            }
+            "counters" => {
+                request.end()?;
+                Ok(Asked::Counters)
+            }
+            other => Err(PortError::Unknown(other.to_owned())),
+        }
+    }
 }
 
 /// What a relay shows of itself.
@@ -258,28 +295,12 @@ impl Ports {
         })
     }
 
-    async fn answer(&self, mut request: Request) -> Result<Value, PortError> {
-        match request.name() {
-            "port-add" => {
-                let text = request.string("port")?;
-                request.end()?;
-                let arg = text.parse().map_err(|error| PortError::Arg(text, error))?;
-                self.add(arg)
-            }
-            "port-remove" => {
-                let name = request.string("name")?;
-                request.end()?;
-                self.remove(name).await
-            }
-            "counters" => {
-                request.end()?;
-                Ok(self.counters())
-            }
-            "port-list" => {
-                request.end()?;
-                Ok(self.list())
-            }
-            other => Err(PortError::Unknown(other.to_owned())),
+    async fn answer(&self, request: Request) -> Result<Value, PortError> {
+        match Asked::new(request)? {
+            Asked::Add(arg) => self.add(arg),
+            Asked::Remove(name) => self.remove(name).await,
+            Asked::List => Ok(self.list()),
+            Asked::Counters => Ok(self.counters()),
         }
     }
 }
