@@ -123,6 +123,7 @@ impl Driver {
             Event::Established(peer) => {
                 info!(peer = peer.product, "session established");
                 self.incompatible = false;
+                self.carried = true;
                 self.open_waiting();
             }
             Event::Incompatible(peer) => {
