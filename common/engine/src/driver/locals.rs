@@ -196,6 +196,7 @@ impl Driver {
     }
 
     fn refuse_client(&mut self, key: usize, why: &str) {
+        // Dropped, its socket is cut off.
         let Some(local) = self.locals.try_remove(key) else {
             return;
         };
@@ -204,9 +205,6 @@ impl Driver {
             debug!(service = %local.service, why, "a flow is refused");
         } else if let Some(more) = self.refusals.pass(Instant::now()) {
             warn!("{}: a client is refused: {why}{more}", local.service);
-        }
-        if let Some(socket) = local.socket {
-            socket.abort();
         }
     }
 
@@ -260,7 +258,9 @@ impl Driver {
             local.settle();
             if local.is_done() {
                 debug!(%stream, service = %local.service, "stream ended");
-                self.locals.remove(key);
+                if let Some(socket) = self.locals.remove(key).socket {
+                    socket.end();
+                }
             }
         }
     }
@@ -283,9 +283,6 @@ impl Driver {
         self.session.consumed(now, stream, local.backlog.len());
         if let Phase::Connecting(task) = local.phase {
             task.abort();
-        }
-        if let Some(socket) = local.socket {
-            socket.abort();
         }
     }
 
