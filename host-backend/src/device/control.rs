@@ -29,7 +29,9 @@
 //! that the guest says of such a slot meanwhile counts.
 //!
 //! PORT_READY of a port that is ready means that the driver set the port up anew (Linux does so when it wakes from
-//! suspension, and then opens what was open): the port is closed first. So is a port that is opened twice.
+//! suspension, and then opens what was open): the port is closed first. So is a port that is opened twice. But of a
+//! port that was added twice, because nobody knows whether a process that is gone still said so, Linux says PORT_READY
+//! twice: then the second closes nothing.
 //!
 //! The guest need not have given us buffers to answer in, and a rogue one can ask for ever. So there is no queue of
 //! answers: each port notes what it *owes* the guest, at most one message of each kind, and
@@ -106,6 +108,9 @@ struct Port {
     /// Whether our side is open, and whether the guest was told so.
     host_open: bool,
     told_open: bool,
+    /// The guest may be told of the port twice: by another process, and by this one.
+    #[serde(default)]
+    added_twice: bool,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -149,6 +154,9 @@ impl Machine {
     /// it was still sent, so the guest is told again what our side looks like, and that it was closed in between. That would
     /// be no good to a console, which nobody opens anew.
     pub(super) fn take_over(&mut self) {
+        for port in &mut self.slots {
+            port.added_twice |= port.owes.add;
+        }
         for port in self.slots.iter_mut().filter(|port| port.is_known()) {
             match port.is_console() {
                 true => port.told_open = false,
@@ -284,8 +292,14 @@ impl Machine {
                     _ => Err(Misuse::PortFailed(index)),
                 }
             }
+            (PORT_READY, _) if port.is_known() && std::mem::take(&mut port.added_twice) => {
+                port.introduce_again();
+                Ok(None)
+            }
             (PORT_READY, _) => {
                 let was = std::mem::replace(&mut port.stage, Stage::Closed);
+                // What we have not said again yet, we need not say again.
+                port.added_twice &= !port.owes.add;
                 port.introduce();
                 Ok((was == Stage::Open).then_some(Effect::Closed(index)))
             }
@@ -377,6 +391,7 @@ impl Port {
             owes: Owes::default(),
             host_open: false,
             told_open: false,
+            added_twice: false,
         }
     }
 
@@ -414,6 +429,7 @@ impl Port {
         self.stage = Stage::Unknown;
         self.owes = Owes::default();
         self.told_open = false;
+        self.added_twice = false;
     }
 
     /// The driver has the port and knows nothing about it.
@@ -427,6 +443,13 @@ impl Port {
             hang_up: false,
         };
         self.told_open = false;
+    }
+
+    /// The same to a driver that may have it open.
+    fn introduce_again(&mut self) {
+        let unheard = self.owes.hang_up || self.told_open && !self.host_open;
+        self.introduce();
+        self.owes.hang_up = unheard;
     }
 
     /// The first message that is owed, in the order in which QEMU's own device sends them.
