@@ -4,6 +4,7 @@ mod frontend;
 
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -138,6 +139,8 @@ fn check(guest: &mut Guest, place: &Path, seed: u64) {
         guest.write_all(1, &bytes);
         other.join().unwrap();
     });
+    // Or the next client would be taken for this one, and miss what is written meanwhile.
+    guest.wait_host_connected(1, false);
 }
 
 /// The guest hears of the end, and does what a program there does.
@@ -249,6 +252,41 @@ fn what_lies_in_the_ring_of_a_closed_port_is_not_the_next_sessions() {
     program.wait_next(old);
     drop(peer);
     check(&mut guest, &place, 1);
+}
+
+#[test]
+fn nor_is_it_if_the_machine_is_stopped_meanwhile() {
+    let (program, place, mut guest) = with_port();
+    for round in 0..5 {
+        guest.open(1);
+        let peer = client(&place);
+        guest.wait_host_connected(1, true);
+        while guest.write(1, &[7; 32_768]) > 0 {
+            thread::sleep(Duration::from_micros(100));
+        }
+        guest.close(1);
+        guest.pause_and_resume(|_| {
+            let old = program.signal_worker(libc::SIGKILL);
+            program.wait_next(old);
+        });
+        drop(peer);
+        check(&mut guest, &place, round);
+        guest.close(1);
+    }
+}
+
+#[test]
+fn a_client_of_a_worker_that_is_killed_sees_a_reset_and_no_end_of_file() {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    let program = Program::start(Path::new(PROGRAM), 1, &[format!("-oecho:{address}")]);
+    // Nobody in the guest answers: it waits.
+    let mut client = TcpStream::connect(address).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    program.signal_worker(libc::SIGKILL);
+    let end = client.read(&mut [0]).map_err(|error| error.kind());
+    assert_eq!(end, Err(ErrorKind::ConnectionReset));
 }
 
 #[test]

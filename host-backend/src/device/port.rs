@@ -54,6 +54,9 @@ pub(super) struct Cell {
     discarding: AtomicBool,
     /// A link hears the kicks itself.
     watched: AtomicBool,
+    /// The guest had closed the port before this process was: what its ring holds is nobody's, and where that ends is not
+    /// known yet.
+    stale: AtomicBool,
     /// There may be something to receive, room to send, or the link has ended.
     pub(super) link: Signal,
     /// There may be a session to claim.
@@ -107,6 +110,7 @@ impl Cell {
             true => state.sessions.open(),
             false => state.sessions.open_before(),
         });
+        cell.stale.store(!open, Ordering::Relaxed);
         cell
     }
 
@@ -125,6 +129,7 @@ impl Cell {
             }),
             discarding: AtomicBool::new(true),
             watched: AtomicBool::new(false),
+            stale: AtomicBool::new(false),
             link: Signal::default(),
             opened: Signal::default(),
             emergency: Mutex::default(),
@@ -184,6 +189,7 @@ impl Cell {
 
     /// The frontend is gone.
     pub(super) fn detach(&self) {
+        self.stale.store(false, Ordering::Relaxed);
         self.change(|state| {
             state.rings = None;
             state.restart();
@@ -192,6 +198,7 @@ impl Cell {
 
     /// The rings are as before any driver came.
     pub(super) fn restart(&self) {
+        self.stale.store(false, Ordering::Relaxed);
         self.change(State::restart);
     }
 
@@ -220,9 +227,23 @@ impl Cell {
         self.change(State::close);
     }
 
-    /// The guest had closed the port before this process was.
-    pub(super) fn guest_closed_before(&self) {
-        self.change(State::close);
+    /// Whether [`Cell::settle`] is to be called when the ring from the guest starts.
+    pub(super) fn is_stale(&self) -> bool {
+        self.stale.load(Ordering::Relaxed)
+    }
+
+    /// Notes where that ends which the ring holds of a port that the guest had closed before this process was. False: the
+    /// ring is to start first.
+    pub(super) fn settle(&self) -> bool {
+        if self.is_stale() {
+            self.change(|state| {
+                if !state.is_awaited() {
+                    state.close();
+                    self.stale.store(false, Ordering::Relaxed);
+                }
+            });
+        }
+        !self.is_stale()
     }
 
     /// The frontend stops one of the rings; it may start it again where it is.
@@ -377,6 +398,14 @@ impl State {
                 .unwrap_or(0);
             self.sessions.close(next.wrapping_add(available), next);
         }
+    }
+
+    /// Whether the ring from the guest was told where to start, and has yet to.
+    fn is_awaited(&self) -> bool {
+        self.rings.as_ref().is_some_and(|rings| {
+            let ring = &rings.from_guest;
+            ring.is_placed() && !ring.get_ref().get_queue().ready()
+        })
     }
 
     /// Positions in a ring mean nothing once it was stopped and starts elsewhere: the driver has set it up anew.
