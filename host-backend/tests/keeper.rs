@@ -149,6 +149,15 @@ fn hung_up(guest: &mut Guest) {
     guest.close(1);
 }
 
+/// How often the guest was told that the port is closed on our side.
+fn hang_ups(guest: &Guest, port: u32) -> usize {
+    let closed = (port, PORT_OPEN, 0);
+    let heard = guest.heard.iter();
+    heard
+        .filter(|said| (said.id, said.event, said.value) == closed)
+        .count()
+}
+
 /// Floods both ways until the worker is gone; what arrives is right as far as it goes.
 fn flood(guest: &mut Guest, place: &Path, seed: u64, end: impl FnOnce()) {
     guest.open(1);
@@ -276,6 +285,32 @@ fn nor_is_it_if_the_machine_is_stopped_meanwhile() {
 }
 
 #[test]
+fn a_guest_that_never_closes_its_port_is_served_by_each_worker() {
+    let (program, place, mut guest) = with_port();
+    // As programs do that open their port and wait.
+    guest.open(1);
+    for round in 0..10 {
+        let bytes = Pattern::new(round).take(5000);
+        for _ in 0..2 {
+            let old = program.signal_worker(libc::SIGKILL);
+            program.wait_next(old);
+            let mut client = client(&place);
+            guest.wait_host_connected(1, true);
+            client.write_all(&bytes).unwrap();
+            assert!(guest.read(1, bytes.len()) == bytes);
+            guest.write_all(1, &bytes);
+            let mut received = vec![0; bytes.len()];
+            client.read_exact(&mut received).unwrap();
+            assert!(received == bytes, "round {round}");
+            // To nobody, or to a client that dies with the worker.
+            drop(client);
+            guest.wait_host_connected(1, false);
+        }
+        guest.write(1, b"what the next client must not see");
+    }
+}
+
+#[test]
 fn a_client_of_a_worker_that_is_killed_sees_a_reset_and_no_end_of_file() {
     let free = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = free.local_addr().unwrap();
@@ -317,8 +352,7 @@ fn a_console_sees_nothing() {
         program.wait_next(old);
     }
     guest.handle_control();
-    let closed = |said: &frontend::guest::Control| said.event == PORT_OPEN && said.value == 0;
-    assert!(!guest.heard.iter().any(|said| said.id == 1 && closed(said)));
+    assert_eq!(hang_ups(&guest, 1), 0);
 }
 
 #[test]
@@ -386,7 +420,8 @@ fn two_devices_are_kept() {
         }
         program.signal_worker(libc::SIGKILL);
         for guest in &mut guests {
-            guest.wait_host_connected(0, false);
+            let told = hang_ups(guest, 0);
+            guest.wait_control("it is hung up on", |guest| hang_ups(guest, 0) > told);
             guest.close(0);
         }
     }

@@ -151,8 +151,9 @@ impl Machine {
     }
 
     /// Another process told the guest all this and is gone, and its links with it. Of the last message nobody knows whether
-    /// it was still sent, so the guest is told again what our side looks like, and that it was closed in between. That would
-    /// be no good to a console, which nobody opens anew.
+    /// it was still sent, so the guest is told again what our side looks like, and that it was closed in between. (Whether or
+    /// not a program there looks in time, and closes its port for that, the next session begins.) That would be no good to a
+    /// console, which nobody opens anew.
     pub(super) fn take_over(&mut self) {
         for port in &mut self.slots {
             port.added_twice |= port.owes.add;

@@ -139,7 +139,8 @@ impl Control {
         {
             let mut vring = rings.from_guest.get_mut();
             if is_running(&vring) {
-                // The guest may open a port again: what belongs to nobody must be known by then.
+                // The guest may close a port or open it: what belongs to nobody must be known by then.
+                more |= ports.iter().any(Cell::is_stale);
                 if ports.iter().filter(|port| !port.settle()).count() > 0 {
                     return false;
                 }

@@ -54,8 +54,7 @@ pub(super) struct Cell {
     discarding: AtomicBool,
     /// A link hears the kicks itself.
     watched: AtomicBool,
-    /// The guest had closed the port before this process was: what its ring holds is nobody's, and where that ends is not
-    /// known yet.
+    /// What the ring holds was written to a process before this one, and where that ends is not known yet.
     stale: AtomicBool,
     /// There may be something to receive, room to send, or the link has ended.
     pub(super) link: Signal,
@@ -79,6 +78,8 @@ struct State {
     sessions: Sessions,
     /// Where the ring from the guest stopped. Boundaries hold only if it goes on from there.
     stopped_at: Option<u16>,
+    /// The guest has the port open since before this process was; a session begins where the one before ends.
+    reopens: bool,
     /// The engine still has its [`Port`].
     served: bool,
     /// Nobody's slot: what comes from the guest is discarded.
@@ -102,15 +103,19 @@ impl Cell {
         cell
     }
 
-    /// A port whose guest knew it before this process was. A console goes on: nobody opens it anew.
+    /// A port whose guest knew it before this process was. What the guest has open stays open: it may never close it, as it
+    /// may be waiting for us to open our side. But what it wrote so far was for the process before; only a console's goes on.
     pub(super) fn taken_over(spec: &PortSpec, open: bool) -> Self {
         let cell = Self::new(spec);
-        let console = matches!(spec.kind, PortKind::Console { .. });
-        cell.change(|state| match console && open {
+        let goes_on = open && matches!(spec.kind, PortKind::Console { .. });
+        cell.change(|state| match goes_on {
             true => state.sessions.open(),
-            false => state.sessions.open_before(),
+            false => {
+                state.sessions.open_before();
+                state.reopens = open;
+            }
         });
-        cell.stale.store(!open, Ordering::Relaxed);
+        cell.stale.store(!goes_on, Ordering::Relaxed);
         cell
     }
 
@@ -122,6 +127,7 @@ impl Cell {
                 rings: None,
                 sessions: Sessions::default(),
                 stopped_at: None,
+                reopens: false,
                 served: false,
                 vacant: true,
                 connected: false,
@@ -232,13 +238,15 @@ impl Cell {
         self.stale.load(Ordering::Relaxed)
     }
 
-    /// Notes where that ends which the ring holds of a port that the guest had closed before this process was. False: the
-    /// ring is to start first.
+    /// Notes where that ends which the guest wrote to a process before this one. False: the ring is to start first.
     pub(super) fn settle(&self) -> bool {
         if self.is_stale() {
             self.change(|state| {
                 if !state.is_awaited() {
                     state.close();
+                    if std::mem::take(&mut state.reopens) {
+                        state.sessions.open();
+                    }
                     self.stale.store(false, Ordering::Relaxed);
                 }
             });
@@ -383,6 +391,7 @@ impl State {
     }
 
     fn restart(&mut self) {
+        self.reopens = false;
         self.sessions.clear();
         self.stopped_at = None;
     }
