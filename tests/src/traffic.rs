@@ -122,6 +122,14 @@ impl Random {
         self.0 ^= self.0 << 17;
         (self.0 >> 16) % end
     }
+
+    /// Puts all of them in another order.
+    pub fn shuffle<T>(&mut self, all: &mut [T]) {
+        for last in (1..all.len()).rev() {
+            let other = self.below(last as u64 + 1);
+            all.swap(last, usize::try_from(other).unwrap_or(last));
+        }
+    }
 }
 
 /// Sends a signal to a process of this test.
