@@ -189,6 +189,10 @@ impl Channel for PortChannel {
         Box::pin(self.open_link())
     }
 
+    fn carried(&mut self) {
+        self.pauses.worked();
+    }
+
     fn name(&self) -> &str {
         &self.name
     }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -290,6 +290,38 @@ fn several_channels_have_each_their_own_forwards() {
     assert_eq!(ask(&out, b"?"), b"1?");
     assert_eq!(ask(&out_a, b"?"), b"1?");
     assert_eq!(ask(&out_b, b"?"), b"2?");
+}
+
+#[test]
+fn a_kill_of_either_end_is_a_reset_for_both_sides_and_no_end_of_file() {
+    for near_dies in [true, false] {
+        let folder = Folder::new();
+        let free = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = free.local_addr().unwrap();
+        drop(free);
+        let server = TcpListener::bind("127.0.0.1:0").unwrap();
+        let target = server.local_addr().unwrap();
+        let socket = folder.path("channel");
+        let start = |channel: &str, flag: &str, address| {
+            let channel = format!("{channel}:{socket}:-");
+            Program::start(AGENT, &["-c", &channel, flag, &format!("x:{address}")])
+        };
+        let mut near = start("unix-listen", "-o", address);
+        let mut far = start("unix-connect", "-i", target);
+        let mut client = eventually("a client is heard", || TcpStream::connect(address).ok());
+        client.write_all(b"?").unwrap();
+        let (mut served, _) = server.accept().unwrap();
+        served.read_exact(&mut [0]).unwrap();
+        served.write_all(b"the first part of it").unwrap();
+        client.read_exact(&mut [0; 20]).unwrap();
+        let killed = if near_dies { &mut near } else { &mut far };
+        killed.child.kill().unwrap();
+        for mut stream in [client, served] {
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            let end = stream.read(&mut [0]).map_err(|error| error.kind());
+            assert_eq!(end, Err(io::ErrorKind::ConnectionReset), "{near_dies}");
+        }
+    }
 }
 
 #[test]

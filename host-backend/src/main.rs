@@ -192,13 +192,14 @@ impl MuxPort {
         counters: &Channels,
     ) -> io::Result<Self> {
         let first = kept.state.is_empty();
+        let workers = kept.history.clone();
         let (device, ports) = Device::kept(&spec.addr, kept, beside.specs(), beside.room())
             .map_err(io::Error::other)?;
         if first {
             let queues = device.queues();
             info!("{spec}: QEMU's -device line must say num_vqs={queues}");
         }
-        let beside_mux = Rc::new(Ports::new(device, MUX_PORT, counters.clone()));
+        let beside_mux = Rc::new(Ports::new(device, MUX_PORT, counters.clone(), workers));
         let mut ports = ports.into_iter();
         let (_, mut port) = ports.next().expect("the mux port comes first");
         port.set_busy_poll(tuning.busy_poll());

@@ -3,13 +3,16 @@
 mod frontend;
 
 use std::fs;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use serde_json::Value;
 
 use frontend::guest::{DEVICE_REMOVE, PORT_OPEN};
 use frontend::ring::PATIENCE;
@@ -141,12 +144,23 @@ fn check(guest: &mut Guest, place: &Path, seed: u64) {
         guest.write_all(1, &bytes);
         other.join().unwrap();
     });
+    // Or the next client would be taken for this one, and miss what is written meanwhile.
+    guest.wait_host_connected(1, false);
 }
 
 /// The guest hears of the end, and does what a program there does.
 fn hung_up(guest: &mut Guest) {
     guest.wait_host_connected(1, false);
     guest.close(1);
+}
+
+/// How often the guest was told that the port is closed on our side.
+fn hang_ups(guest: &Guest, port: u32) -> usize {
+    let closed = (port, PORT_OPEN, 0);
+    let heard = guest.heard.iter();
+    heard
+        .filter(|said| (said.id, said.event, said.value) == closed)
+        .count()
 }
 
 /// Floods both ways until the worker is gone; what arrives is right as far as it goes.
@@ -255,6 +269,67 @@ fn what_lies_in_the_ring_of_a_closed_port_is_not_the_next_sessions() {
 }
 
 #[test]
+fn nor_is_it_if_the_machine_is_stopped_meanwhile() {
+    let (program, place, mut guest) = with_port();
+    for round in 0..5 {
+        guest.open(1);
+        let peer = client(&place);
+        guest.wait_host_connected(1, true);
+        while guest.write(1, &[7; 32_768]) > 0 {
+            thread::sleep(Duration::from_micros(100));
+        }
+        guest.close(1);
+        guest.pause_and_resume(|_| {
+            let old = program.signal_worker(libc::SIGKILL);
+            program.wait_next(old);
+        });
+        drop(peer);
+        check(&mut guest, &place, round);
+        guest.close(1);
+    }
+}
+
+#[test]
+fn a_guest_that_never_closes_its_port_is_served_by_each_worker() {
+    let (program, place, mut guest) = with_port();
+    // As programs do that open their port and wait.
+    guest.open(1);
+    for round in 0..10 {
+        let bytes = Pattern::new(round).take(5000);
+        for _ in 0..2 {
+            let old = program.signal_worker(libc::SIGKILL);
+            program.wait_next(old);
+            let mut client = client(&place);
+            guest.wait_host_connected(1, true);
+            client.write_all(&bytes).unwrap();
+            assert!(guest.read(1, bytes.len()) == bytes);
+            guest.write_all(1, &bytes);
+            let mut received = vec![0; bytes.len()];
+            client.read_exact(&mut received).unwrap();
+            assert!(received == bytes, "round {round}");
+            // To nobody, or to a client that dies with the worker.
+            drop(client);
+            guest.wait_host_connected(1, false);
+        }
+        guest.write(1, b"what the next client must not see");
+    }
+}
+
+#[test]
+fn a_client_of_a_worker_that_is_killed_sees_a_reset_and_no_end_of_file() {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    let program = Program::start(Path::new(PROGRAM), 1, &[format!("-oecho:{address}")]);
+    // Nobody in the guest answers: it waits.
+    let mut client = TcpStream::connect(address).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    program.signal_worker(libc::SIGKILL);
+    let end = client.read(&mut [0]).map_err(|error| error.kind());
+    assert_eq!(end, Err(ErrorKind::ConnectionReset));
+}
+
+#[test]
 fn a_console_sees_nothing() {
     let place = socket_path();
     let flag = format!("--console=unix-listen:{}", place.display());
@@ -282,8 +357,7 @@ fn a_console_sees_nothing() {
         program.wait_next(old);
     }
     guest.handle_control();
-    let closed = |said: &frontend::guest::Control| said.event == PORT_OPEN && said.value == 0;
-    assert!(!guest.heard.iter().any(|said| said.id == 1 && closed(said)));
+    assert_eq!(hang_ups(&guest, 1), 0);
 }
 
 #[test]
@@ -351,7 +425,8 @@ fn two_devices_are_kept() {
         }
         program.signal_worker(libc::SIGKILL);
         for guest in &mut guests {
-            guest.wait_host_connected(0, false);
+            let told = hang_ups(guest, 0);
+            guest.wait_control("it is hung up on", |guest| hang_ups(guest, 0) > told);
             guest.close(0);
         }
     }
@@ -405,6 +480,17 @@ fn ports_added_and_removed_while_it_runs_are_so_with_the_next_worker() {
     let list = ask(&["port", "list"]);
     assert!(list.starts_with("org.example.added\t"), "{list}");
     assert_eq!(list.lines().count(), 1, "{list}");
+    assert_eq!(died(&admin), 1, "it is told of the worker before it");
+}
+
+/// What the admin socket says of workers that died.
+fn died(admin: &Path) -> u64 {
+    let mut socket = UnixStream::connect(admin).unwrap();
+    writeln!(socket, r#"{{"version":1,"request":"counters"}}"#).unwrap();
+    let mut line = String::new();
+    BufReader::new(socket).read_line(&mut line).unwrap();
+    let answer: Value = serde_json::from_str(&line).unwrap();
+    answer["ok"]["workers"]["died"].as_u64().unwrap()
 }
 
 #[test]

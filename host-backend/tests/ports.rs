@@ -20,6 +20,7 @@ use virtproxy_engine::admin::{self, CallError, Request};
 use virtproxy_engine::counters::Channels;
 use virtproxy_engine::unix_socket;
 use virtproxy_host::device::{Device, PortSpec};
+use virtproxy_host::keeper::History;
 use virtproxy_host::ports::{CONSOLE, Place, PortArg, Ports, console_spec, port_spec};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -55,7 +56,12 @@ impl Program {
                     .chain(ports.iter().map(spec))
                     .collect();
                 let (device, made) = Device::start(&paths.0, specs, room).unwrap();
-                let served = Rc::new(Ports::new(device, NAME, Channels::default()));
+                let served = Rc::new(Ports::new(
+                    device,
+                    NAME,
+                    Channels::default(),
+                    History::default(),
+                ));
                 let mut made = made.into_iter();
                 let _mux = made.next();
                 for ((name, place), port) in ports.into_iter().zip(made) {

@@ -161,6 +161,7 @@ pub struct Scene {
     pub daemon: Daemon,
     /// A folder for this scene.
     pub folder: PathBuf,
+    flags: Vec<String>,
     /// Where the guest's peer is reached on this host.
     pub peer: String,
     /// Where the guest's `eof` service is reached.
@@ -200,6 +201,7 @@ impl Scene {
             guest,
             daemon,
             folder,
+            flags,
             peer,
             eof,
             unavailable,
@@ -207,6 +209,12 @@ impl Scene {
         scene.prepare_guest()?;
         scene.start_agent(1)?;
         Ok(scene)
+    }
+
+    /// Starts another daemon in the place of one that is dead, and then another QEMU: the device of this one is lost.
+    pub fn replace_daemon(&mut self) -> Result<()> {
+        self.daemon = Daemon::start(&self.folder, &self.flags)?;
+        self.replace_guest()
     }
 
     /// Ends QEMU and starts another one on the same socket.

@@ -4,14 +4,14 @@
 //! it were whole was whole. `VIRTPROXY_ROUNDS` says how many times (15).
 
 use std::env;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use virtproxy_tests::measure::Latencies;
-use virtproxy_tests::peer::{self, Caller};
+use virtproxy_tests::peer::Caller;
 use virtproxy_tests::scene::{SOON, Scene};
+use virtproxy_tests::traffic::{Random, Traffic, signal};
 
 /// Bytes of each transfer: short enough for many to be whole between two ends.
 const BYTES: u64 = 2 << 20;
@@ -43,57 +43,19 @@ fn a_guest_outlives_workers_that_are_killed_or_replaced() -> Result<()> {
     })
 }
 
-fn signal(pid: u32, number: i32) {
-    // SAFETY: a system call without pointers; the process is the daemon, or its child that it waits for.
-    unsafe { libc::kill(pid.cast_signed(), number) };
-}
-
-/// What the transfers have come to.
-#[derive(Default)]
-struct Counts {
-    whole: AtomicUsize,
-    cut: AtomicUsize,
-    seed: AtomicU64,
-    done: AtomicBool,
-}
-
-impl Counts {
-    /// Transfers until all is done. An error is a byte that was never sent.
-    fn transfer(&self, address: &str, transfer: fn(&str, u64, u64) -> Result<()>) -> Result<()> {
-        while !self.done.load(Ordering::Relaxed) {
-            let seed = self.seed.fetch_add(1, Ordering::Relaxed);
-            match transfer(address, BYTES, seed) {
-                Ok(()) => self.whole.fetch_add(1, Ordering::Relaxed),
-                Err(error) => {
-                    let wrong = format!("{error:#}").contains("differs");
-                    ensure!(!wrong, "{error:#}");
-                    thread::sleep(Duration::from_millis(10));
-                    self.cut.fetch_add(1, Ordering::Relaxed)
-                }
-            };
-        }
-        Ok(())
-    }
-}
-
 fn end_workers(
     scene: &Scene,
     how: &str,
     rounds: usize,
     end: impl Fn() -> Result<()>,
 ) -> Result<()> {
-    let counts = Counts::default();
-    let mut random = Random::new();
-    println!("{how}: seed {}", random.0);
+    let traffic = Traffic::default();
+    let mut random = Random::from_environment("VIRTPROXY_SEED")?;
     scene.guest.check(TICKS)?;
     let recovery = thread::scope(|threads| {
-        let (counts, address) = (&counts, &scene.peer);
-        let transfers: Vec<_> = [peer::upload, peer::download, peer::echo]
-            .into_iter()
-            .map(|transfer| threads.spawn(move || counts.transfer(address, transfer)))
-            .collect();
+        let transfers = traffic.start(threads, &scene.peer, BYTES);
         let recovery = Latencies::timed(rounds, || {
-            thread::sleep(Duration::from_millis(LEAST + random.next() % RANGE));
+            thread::sleep(Duration::from_millis(LEAST + random.below(RANGE)));
             let old = scene.worker()?;
             let begun = Instant::now();
             end()?;
@@ -108,7 +70,7 @@ fn end_workers(
             }
             Ok(begun.elapsed())
         });
-        counts.done.store(true, Ordering::Relaxed);
+        traffic.end();
         for transfer in transfers {
             transfer.join().expect("no panic")?;
         }
@@ -118,10 +80,10 @@ fn end_workers(
     let gaps = scene.guest.check(LONGEST)?;
     let gap = gaps.lines().flat_map(str::parse::<u64>).max();
     let gap = Duration::from_micros(gap.context("the guest did not tick")?);
-    let (whole, cut) = (counts.whole.into_inner(), counts.cut.into_inner());
+    let (whole, cut, silent) = (traffic.whole(), traffic.cut(), traffic.silent());
     println!(
         "{how}, {rounds} times: a new connection works after p50 {:.0?}, p99 {:.0?}, max {:.0?}; the guest's longest gap \
-         {gap:.0?}; {whole} transfers whole, all hashes equal, {cut} cut off",
+         {gap:.0?}; {whole} transfers whole, all hashes equal, {cut} cut off, and {silent} as if they were over",
         recovery.percentile(0.5),
         recovery.percentile(0.99),
         recovery.percentile(1.0),
@@ -130,21 +92,4 @@ fn end_workers(
     ensure!(gap < SOON, "the guest stood still for {gap:?}");
     scene.guest.check(NO_TICKS)?;
     Ok(())
-}
-
-/// Numbers that differ each time.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
-        Random(now.as_secs() | 1)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
 }

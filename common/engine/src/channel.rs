@@ -36,6 +36,9 @@ pub trait Channel {
     /// ended with its link.
     fn open(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Link>>>;
 
+    /// The last link carried a session: if another is opened, then not as after a failure.
+    fn carried(&mut self) {}
+
     /// How the user named it, for messages: `vhost-user:/run/vp.sock`.
     fn name(&self) -> &str;
 }

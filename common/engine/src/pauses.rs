@@ -2,7 +2,9 @@
 //!
 //! Whatever fails is tried again after 50 ms, then 100, up to 1 s. A link that ended soon counts as a failure, so
 //! that a peer that keeps hanging up does not keep us busy; but its pause counts from its beginning, so one that lived
-//! longer than that is followed at once. After [`STEADY`] the pauses start anew.
+//! longer than that is followed at once. After [`STEADY`] the pauses start anew; so they do with a link that carried a
+//! session, since then it was not the other end's absence that ended it, but its end. (20 of those a second are the most:
+//! as many sessions may follow each other on one link.)
 
 use std::time::Duration;
 
@@ -37,6 +39,11 @@ impl Pauses {
             sleep_until(until).await;
             self.until = None;
         }
+    }
+
+    /// What is open is what it was opened for: the pauses start anew.
+    pub fn worked(&mut self) {
+        self.next = FIRST;
     }
 
     /// An attempt failed.
@@ -81,5 +88,9 @@ mod tests {
             [next(STEADY), next(Duration::ZERO), next(Duration::ZERO)],
             [0, 50, 100]
         );
+        pauses.worked();
+        pauses.ended(Instant::now());
+        let pause = pauses.until.unwrap() - Instant::now();
+        assert!(pause <= FIRST, "{pause:?}");
     }
 }

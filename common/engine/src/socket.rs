@@ -2,7 +2,10 @@
 //!
 //! TCP and UNIX stream sockets behind one face, all non-blocking. A socket that is given up before its stream
 //! ended in order is closed with a reset where the kind has one, so that the other side cannot take a cut-off
-//! transfer for a whole one. Behind the UNIX socket of a UDP forward there is a bridge ([`crate::udp`]).
+//! transfer for a whole one. That must hold even if this process is killed and the kernel closes its sockets: so each
+//! TCP socket is to be reset when it is closed (`SO_LINGER` of no time) until [`Socket::end`] says otherwise. A UNIX socket
+//! has no reset; its other side sees an end of file. Behind the UNIX socket of a UDP forward there is a bridge
+//! ([`crate::udp`]).
 
 use std::fmt;
 use std::io;
@@ -47,10 +50,11 @@ impl Socket {
         };
     }
 
-    /// Closes the socket so that its other side sees that it was cut off.
-    pub(crate) fn abort(self) {
+    /// Closes the socket, whose both directions have ended in order: what was written last still arrives. One that is only
+    /// dropped is cut off.
+    pub(crate) fn end(self) {
         if let Socket::Tcp(stream) = &self {
-            let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
+            let _ = socket2::SockRef::from(stream).set_linger(None);
         }
     }
 
@@ -116,6 +120,7 @@ impl Target {
                         tokio::net::TcpStream::connect((name.as_str(), *port)).await?
                     }
                 };
+                cut_off_when_closed(&stream)?;
                 let stream = mio::net::TcpStream::from_std(stream.into_std()?);
                 Ok(Socket::tcp(stream))
             }
@@ -160,7 +165,10 @@ impl Listener {
         match &forward.endpoint {
             Endpoint::Tcp { host, port } => {
                 let address = look_up_here(host, *port)?;
-                Ok(Listener::Tcp(mio::net::TcpListener::bind(address)?))
+                let listener = mio::net::TcpListener::bind(address)?;
+                // Its clients have this from it.
+                cut_off_when_closed(&listener)?;
+                Ok(Listener::Tcp(listener))
             }
             Endpoint::Udp { host, port } => {
                 let address = look_up_here(host, *port)?;
@@ -205,6 +213,11 @@ impl Listener {
             Listener::Udp(listener) => listener.register(registry, token),
         }
     }
+}
+
+/// Has the kernel close a socket with a reset, whoever has it closed.
+fn cut_off_when_closed(socket: &impl AsFd) -> io::Result<()> {
+    socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO))
 }
 
 /// The address of `host`; the first one, if it is a name.

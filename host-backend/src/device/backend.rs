@@ -215,6 +215,9 @@ impl Backend {
             (self.port_of(event), vrings.get(usize::from(event)))
         {
             if event % 2 == 1 {
+                if port.is_stale() {
+                    self.shared.poke();
+                }
                 port.discard();
             }
             port.link.set();

@@ -31,7 +31,8 @@
 //! PORT_READY of a port that is ready means that the driver set the port up anew (Linux does so when it wakes from
 //! suspension, and then opens what was open): the port is closed first. So is a port that is opened twice. A program that
 //! had it open before the guest slept is in the middle of something that our end knows nothing of any more: unless it can
-//! live with that, it is hung up on.
+//! live with that, it is hung up on. But of a port that was added twice, because nobody knows whether a process that is
+//! gone still said so, Linux says PORT_READY twice: then the second closes nothing.
 //!
 //! The guest need not have given us buffers to answer in, and a rogue one can ask for ever. So there is no queue of
 //! answers: each port notes what it *owes* the guest, at most one message of each kind, and
@@ -113,6 +114,9 @@ struct Port {
     /// The driver has set the port up anew under a program that has it open, and is about to say so.
     #[serde(default)]
     woken: bool,
+    /// The guest may be told of the port twice: by another process, and by this one.
+    #[serde(default)]
+    added_twice: bool,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -153,9 +157,13 @@ impl Machine {
     }
 
     /// Another process told the guest all this and is gone, and its links with it. Of the last message nobody knows whether
-    /// it was still sent, so the guest is told again what our side looks like, and that it was closed in between. That would
-    /// be no good to a console, which nobody opens anew.
+    /// it was still sent, so the guest is told again what our side looks like, and that it was closed in between. (Whether or
+    /// not a program there looks in time, and closes its port for that, the next session begins.) That would be no good to a
+    /// console, which nobody opens anew.
     pub(super) fn take_over(&mut self) {
+        for port in &mut self.slots {
+            port.added_twice |= port.owes.add;
+        }
         for port in self.slots.iter_mut().filter(|port| port.is_known()) {
             match port.is_console() {
                 true => port.told_open = false,
@@ -291,8 +299,14 @@ impl Machine {
                     _ => Err(Misuse::PortFailed(index)),
                 }
             }
+            (PORT_READY, _) if port.is_known() && std::mem::take(&mut port.added_twice) => {
+                port.introduce_again();
+                Ok(None)
+            }
             (PORT_READY, _) => {
                 let was = std::mem::replace(&mut port.stage, Stage::Closed);
+                // What we have not said again yet, we need not say again.
+                port.added_twice &= !port.owes.add;
                 port.introduce();
                 port.woken = was == Stage::Open && !port.spec.resumable;
                 Ok((was == Stage::Open).then_some(Effect::Closed(index)))
@@ -390,6 +404,7 @@ impl Port {
             host_open: false,
             told_open: false,
             woken: false,
+            added_twice: false,
         }
     }
 
@@ -428,6 +443,7 @@ impl Port {
         self.owes = Owes::default();
         self.told_open = false;
         self.woken = false;
+        self.added_twice = false;
     }
 
     /// The driver has the port and knows nothing about it.
@@ -441,6 +457,13 @@ impl Port {
             hang_up: false,
         };
         self.told_open = false;
+    }
+
+    /// The same to a driver that may have it open.
+    fn introduce_again(&mut self) {
+        let unheard = self.owes.hang_up || self.told_open && !self.host_open;
+        self.introduce();
+        self.owes.hang_up = unheard;
     }
 
     /// The first message that is owed, in the order in which QEMU's own device sends them.

@@ -38,8 +38,6 @@ pub(super) struct Control {
     quiet: Quiet,
     /// For the process after this one.
     saver: Option<Saver>,
-    /// The ports that the guest had closed when this process took over: what their rings hold is nobody's.
-    stale: Vec<usize>,
 }
 
 impl Control {
@@ -51,7 +49,6 @@ impl Control {
             most: 0,
             quiet: Quiet::default(),
             saver: None,
-            stale: Vec::new(),
         }
     }
 
@@ -71,8 +68,6 @@ impl Control {
         }
         if resumed {
             control.machine.take_over();
-            let closed = |slot: &usize| matches!(control.machine.port(*slot), Some((_, false)));
-            control.stale = (0..control.machine.room()).filter(closed).collect();
         } else {
             control.restart();
         }
@@ -106,7 +101,6 @@ impl Control {
         self.machine.reset();
         self.heard = false;
         self.most = 0;
-        self.stale.clear();
         self.save();
     }
 
@@ -144,9 +138,10 @@ impl Control {
         {
             let mut vring = rings.from_guest.get_mut();
             if is_running(&vring) {
-                // All rings were set up before this one was started.
-                for slot in self.stale.drain(..) {
-                    ports[slot].guest_closed_before();
+                // The guest may close a port or open it: what belongs to nobody must be known by then.
+                more |= ports.iter().any(Cell::is_stale);
+                if ports.iter().filter(|port| !port.settle()).count() > 0 {
+                    return false;
                 }
                 let mut listener = Listener {
                     machine: &mut self.machine,

@@ -55,6 +55,8 @@ pub(super) struct Cell {
     discarding: AtomicBool,
     /// A link hears the kicks itself.
     watched: AtomicBool,
+    /// What the ring holds was written to a process before this one, and where that ends is not known yet.
+    stale: AtomicBool,
     /// There may be something to receive, room to send, or the link has ended.
     pub(super) link: Signal,
     /// There may be a session to claim.
@@ -77,6 +79,8 @@ struct State {
     sessions: Sessions,
     /// Where the ring from the guest stopped. Boundaries hold only if it goes on from there.
     stopped_at: Option<u16>,
+    /// The guest has the port open since before this process was; a session begins where the one before ends.
+    reopens: bool,
     /// The engine still has its [`Port`].
     served: bool,
     /// Nobody's slot: what comes from the guest is discarded.
@@ -100,14 +104,19 @@ impl Cell {
         cell
     }
 
-    /// A port whose guest knew it before this process was. A console goes on: nobody opens it anew.
+    /// A port whose guest knew it before this process was. What the guest has open stays open: it may never close it, as it
+    /// may be waiting for us to open our side. But what it wrote so far was for the process before; only a console's goes on.
     pub(super) fn taken_over(spec: &PortSpec, open: bool) -> Self {
         let cell = Self::new(spec);
-        let console = matches!(spec.kind, PortKind::Console { .. });
-        cell.change(|state| match console && open {
+        let goes_on = open && matches!(spec.kind, PortKind::Console { .. });
+        cell.change(|state| match goes_on {
             true => state.sessions.open(),
-            false => state.sessions.open_before(),
+            false => {
+                state.sessions.open_before();
+                state.reopens = open;
+            }
         });
+        cell.stale.store(!goes_on, Ordering::Relaxed);
         cell
     }
 
@@ -119,6 +128,7 @@ impl Cell {
                 rings: None,
                 sessions: Sessions::default(),
                 stopped_at: None,
+                reopens: false,
                 served: false,
                 vacant: true,
                 connected: false,
@@ -126,6 +136,7 @@ impl Cell {
             }),
             discarding: AtomicBool::new(true),
             watched: AtomicBool::new(false),
+            stale: AtomicBool::new(false),
             link: Signal::default(),
             opened: Signal::default(),
             emergency: Mutex::default(),
@@ -185,6 +196,7 @@ impl Cell {
 
     /// The frontend is gone.
     pub(super) fn detach(&self) {
+        self.stale.store(false, Ordering::Relaxed);
         self.change(|state| {
             state.rings = None;
             state.restart();
@@ -193,6 +205,7 @@ impl Cell {
 
     /// The rings are as before any driver came.
     pub(super) fn restart(&self) {
+        self.stale.store(false, Ordering::Relaxed);
         self.change(State::restart);
     }
 
@@ -230,9 +243,25 @@ impl Cell {
         self.change(State::close);
     }
 
-    /// The guest had closed the port before this process was.
-    pub(super) fn guest_closed_before(&self) {
-        self.change(State::close);
+    /// Whether [`Cell::settle`] is to be called when the ring from the guest starts.
+    pub(super) fn is_stale(&self) -> bool {
+        self.stale.load(Ordering::Relaxed)
+    }
+
+    /// Notes where that ends which the guest wrote to a process before this one. False: the ring is to start first.
+    pub(super) fn settle(&self) -> bool {
+        if self.is_stale() {
+            self.change(|state| {
+                if !state.is_awaited() {
+                    state.close();
+                    if std::mem::take(&mut state.reopens) {
+                        state.sessions.open();
+                    }
+                    self.stale.store(false, Ordering::Relaxed);
+                }
+            });
+        }
+        !self.is_stale()
     }
 
     /// The frontend stops one of the rings; it may start it again where it is.
@@ -372,6 +401,7 @@ impl State {
     }
 
     fn restart(&mut self) {
+        self.reopens = false;
         self.sessions.clear();
         self.stopped_at = None;
     }
@@ -387,6 +417,14 @@ impl State {
                 .unwrap_or(0);
             self.sessions.close(next.wrapping_add(available), next);
         }
+    }
+
+    /// Whether the ring from the guest was told where to start, and has yet to.
+    fn is_awaited(&self) -> bool {
+        self.rings.as_ref().is_some_and(|rings| {
+            let ring = &rings.from_guest;
+            ring.is_placed() && !ring.get_ref().get_queue().ready()
+        })
     }
 
     /// Positions in a ring mean nothing once it was stopped and starts elsewhere: the driver has set it up anew.

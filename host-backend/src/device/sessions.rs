@@ -19,7 +19,7 @@
 //!
 //! A session that is `Gone` but not closed by the guest is *hung up*: the guest is to be told (the port's host
 //! side closes) and no new session begins until it has closed its side. One that began with a process before this one is
-//! `Gone` from the start: its link died with that.
+//! `Gone` from the start, since its link died with that; it ends where the ring is then, and another one begins there.
 
 use std::collections::VecDeque;
 

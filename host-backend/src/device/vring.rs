@@ -55,6 +55,11 @@ impl Vring {
         kick.map(duplicate).transpose()
     }
 
+    /// Whether the frontend has said where it is to start.
+    pub(super) fn is_placed(&self) -> bool {
+        self.placed.load(Ordering::Relaxed)
+    }
+
     /// Whether the frontend ever gave it an eventfd: a frontend with fewer queues never does.
     pub(super) fn configured(&self) -> bool {
         self.configured.load(Ordering::Relaxed)

@@ -10,6 +10,10 @@
 //!
 //! Messages go through one at a time, unchanged. Of those that need an answer there is one on its way at most; QEMU waits
 //! for it in any case. What QEMU sends meanwhile, or while there is no worker, stays in its socket.
+//!
+//! A worker that dies over what it was told is followed by one that is told the same. After [`MAX_DEATHS`] of those in a row
+//! it is what they are told that kills them, and there will be no end to it: then QEMU's connection is given up, as if the
+//! device had broken. One that dies before it answers anything is not counted: its file does not run, and the next may.
 
 use std::fs::File;
 use std::io;
@@ -22,12 +26,13 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::event::PollFlags;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use virtproxy_engine::program::Failure;
 use virtproxy_engine::spec::ChannelSpec;
 use virtproxy_engine::unix_socket::{self, ListenError, SocketFile};
 
-use super::leash;
+use super::history::History;
+use super::leash::{self, Begin};
 use super::record::Record;
 use super::wire::{Answer, Broken, Message, Wire};
 
@@ -40,6 +45,9 @@ const BACKLOG: i32 = 16;
 
 /// How long to wait when a connection cannot be accepted.
 const PAUSE: Duration = Duration::from_millis(50);
+
+/// Workers that may die in a row over the same that QEMU said.
+const MAX_DEATHS: u32 = 5;
 
 pub(super) struct Device {
     spec: ChannelSpec,
@@ -73,6 +81,8 @@ struct Connection {
     asked: Option<Rc<Message>>,
     /// Answers to what QEMU did not ask that are still to come.
     swallow: usize,
+    /// Workers that died in a row over the record, or over what QEMU asks.
+    deaths: u32,
 }
 
 impl Device {
@@ -94,22 +104,34 @@ impl Device {
     }
 
     /// A worker is there: tells it how things are.
-    pub(super) fn begin(&mut self, leash: &OwnedFd) -> io::Result<()> {
+    pub(super) fn begin(&mut self, leash: &OwnedFd, history: &History) -> io::Result<()> {
         self.door.empty();
-        let resumed = matches!(self.frontend, Frontend::Served(_));
-        leash::begin(leash, resumed, &self.state)?;
+        let begin = Begin {
+            resumed: matches!(self.frontend, Frontend::Served(_)),
+            history: history.clone(),
+        };
+        leash::begin(leash, &begin, &self.state)?;
         if let Frontend::Served(connection) = &mut self.frontend {
             connection.resume(self.door.connect()?);
         }
         Ok(())
     }
 
-    /// The worker is gone.
-    pub(super) fn worker_gone(&mut self) {
-        match &mut self.frontend {
-            Frontend::Served(connection) => connection.worker = None,
-            frontend => *frontend = Frontend::Nobody,
+    /// The worker is gone; `died`: not because it was asked to.
+    pub(super) fn worker_gone(&mut self, died: bool) {
+        if let Frontend::Served(connection) = &mut self.frontend {
+            connection.worker_gone(died);
+            if connection.deaths < MAX_DEATHS {
+                return;
+            }
+            error!(
+                "{MAX_DEATHS} workers in a row died over {}: the connection of the QEMU on {} is given up, and its device \
+                 with it",
+                connection.topic(),
+                self.path.display()
+            );
         }
+        self.frontend = Frontend::Nobody;
     }
 
     /// This is the worker's last word on what it told the guest. It also means that QEMU may come.
@@ -173,6 +195,7 @@ impl Device {
             record: Record::default(),
             asked: None,
             swallow: 0,
+            deaths: 0,
         };
         match self.door.connect() {
             Ok(worker) => {
@@ -193,6 +216,23 @@ impl Connection {
         }
         self.swallow = answers;
         self.worker = Some(worker);
+    }
+
+    fn worker_gone(&mut self, died: bool) {
+        self.worker = None;
+        // It has answered the first of what it was told, and not yet the last.
+        let over_us = self.swallow == 1 || self.swallow == 0 && self.asked.is_some();
+        if died && over_us {
+            self.deaths += 1;
+        }
+    }
+
+    /// What the worker has to deal with.
+    fn topic(&self) -> String {
+        match &self.asked {
+            Some(asked) if self.swallow == 0 => format!("QEMU's request {}", asked.request),
+            _ => "what QEMU has set up".to_owned(),
+        }
     }
 
     fn interests(&self) -> Vec<(BorrowedFd<'_>, PollFlags)> {
@@ -268,11 +308,14 @@ impl Connection {
         };
         if self.swallow > 0 {
             self.swallow -= 1;
-            if let Some(asked) = self.asked.as_ref().filter(|_| self.swallow == 0) {
-                worker.send(asked.clone(), Answer::AsItSays);
+            match &self.asked {
+                _ if self.swallow > 0 => {}
+                Some(asked) => worker.send(asked.clone(), Answer::AsItSays),
+                None => self.deaths = 0,
             }
             return Ok(true);
         }
+        self.deaths = 0;
         if let Some(asked) = self.asked.take() {
             self.record.answered(asked, &answer)?;
         }
@@ -339,3 +382,6 @@ fn listen(path: &Path) -> Result<(UnixListener, SocketFile), ListenError> {
     listener.set_nonblocking(true).map_err(failed)?;
     Ok((listener, file))
 }
+
+#[cfg(test)]
+mod tests;

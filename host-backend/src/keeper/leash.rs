@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   worker: Hello                       it was started, and understands its flags
-//!   keeper: Begin, one for each device  begin your work; this is what the last worker said of the device
+//!   keeper: Begin, one for each device  begin your work; this became of the workers before you, and this is what the last
+//!                                       one said of the device
 //!   worker: State                       whenever it changes: what the next worker cannot learn from the guest
 //!   worker: Ended                       QEMU's connection to the device is over
 //! ```
@@ -20,9 +21,15 @@ use rustix::io::{Errno, FdFlags, fcntl_setfd, retry_on_intr};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
 };
+use serde::{Deserialize, Serialize};
+
+use super::history::History;
 
 /// The most bytes that a worker's state of one device may have.
 pub(crate) const MAX_STATE: usize = 64 * 1024;
+
+/// The most bytes of what comes before the state in a Begin.
+const MAX_BEGIN: usize = 1024;
 
 const HELLO: u8 = 0;
 const STATE: u8 = 1;
@@ -42,9 +49,20 @@ pub(super) fn leash() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(family, kind, SocketFlags::CLOEXEC, None)?)
 }
 
-/// Lets a worker begin with a device. `resumed`: QEMU's connection lives on.
-pub(super) fn begin(leash: &OwnedFd, resumed: bool, state: &[u8]) -> io::Result<()> {
-    let message = [&[u8::from(resumed)], state].concat();
+/// What a worker is told beside the state; a line of JSON, so that keeper and worker may be of different versions.
+#[derive(Debug, Deserialize, PartialEq, Serialize)]
+pub(super) struct Begin {
+    /// QEMU's connection lives on.
+    pub(super) resumed: bool,
+    #[serde(default)]
+    pub(super) history: History,
+}
+
+/// Lets a worker begin with a device.
+pub(super) fn begin(leash: &OwnedFd, begin: &Begin, state: &[u8]) -> io::Result<()> {
+    let mut message = serde_json::to_vec(begin)?;
+    message.push(b'\n');
+    message.extend(state);
     retry_on_intr(|| send(leash, &message, SendFlags::NOSIGNAL | SendFlags::DONTWAIT))?;
     Ok(())
 }
@@ -98,6 +116,8 @@ pub struct Kept {
     pub(crate) listener: UnixListener,
     /// What the last worker said; nothing, if this one is the first.
     pub state: Vec<u8>,
+    /// What became of the workers before.
+    pub history: History,
     /// Whether QEMU's connection lives on.
     pub(crate) resumed: bool,
 }
@@ -118,18 +138,21 @@ impl Kept {
         );
         send(&*leash, &[HELLO], SendFlags::NOSIGNAL)?;
         let devices = fds.zip(0..).map(|(listener, device)| {
-            let mut begin = vec![0; MAX_STATE + 1];
-            let (_, len) = retry_on_intr(|| recv(&*leash, &mut *begin, RecvFlags::empty()))?;
-            begin.truncate(len);
-            let (resumed, state) = begin.split_first().ok_or(io::ErrorKind::UnexpectedEof)?;
+            let mut message = vec![0; MAX_BEGIN + MAX_STATE];
+            let (_, len) = retry_on_intr(|| recv(&*leash, &mut *message, RecvFlags::empty()))?;
+            message.truncate(len);
+            let line = message.iter().position(|byte| *byte == b'\n');
+            let state = message.split_off(line.ok_or(io::ErrorKind::UnexpectedEof)? + 1);
+            let begin: Begin = serde_json::from_slice(&message)?;
             Ok(Kept {
                 leash: Leash {
                     socket: leash.clone(),
                     device,
                 },
                 listener: listener?.into(),
-                state: state.to_vec(),
-                resumed: *resumed != 0,
+                state,
+                history: begin.history,
+                resumed: begin.resumed,
             })
         });
         devices.collect()
@@ -170,5 +193,46 @@ impl Leash {
 impl AsFd for Leash {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::IntoRawFd;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::ExitStatus;
+    use std::time::Duration;
+
+    use super::super::history::Ending;
+    use super::*;
+
+    #[test]
+    fn a_worker_is_told_what_became_of_those_before_it_and_what_the_last_one_said() {
+        let (keeper, worker) = leash().unwrap();
+        let mut history = History::default();
+        let killed = ExitStatus::from_raw(libc::SIGKILL);
+        history.note(Ending::Died, killed, Duration::from_millis(1500));
+        let words = Begin {
+            resumed: true,
+            history,
+        };
+        // The largest state there may be, whose end would be missed.
+        let mut state = vec![b'\n'; MAX_STATE];
+        state[MAX_STATE - 1] = b'!';
+        begin(&keeper, &words, &state).unwrap();
+        let (listener, _) = leash().unwrap();
+        let inherited = Inherited(vec![worker.into_raw_fd(), listener.into_raw_fd()]);
+        let kept = Kept::take(inherited).unwrap().remove(0);
+        assert_eq!(hear(&keeper).unwrap(), Some(Word::Hello));
+        assert!(kept.resumed && kept.state == state);
+        assert_eq!((kept.history.died, kept.history.replaced), (1, 0));
+        let last = kept.history.last.unwrap();
+        assert_eq!(last, "signal: 9 (SIGKILL) after 1.5s");
+    }
+
+    #[test]
+    fn another_versions_words_are_understood() {
+        let words: Begin = serde_json::from_str(r#"{"resumed":true,"later":[1]}"#).unwrap();
+        assert_eq!(words.history, History::default());
     }
 }

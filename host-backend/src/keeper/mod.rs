@@ -29,9 +29,10 @@
 //! One thread, and one loop: whatever wakes it, it looks at everything there is.
 //!
 //! `wire` has messages on a socket, `record` what configures a device, `device` a device's connections, `leash` what is
-//! said beside them, `worker` the process, `signals` the signals.
+//! said beside them, `worker` the process, `history` what became of those before it, `signals` the signals.
 
 mod device;
+mod history;
 mod leash;
 mod record;
 mod signals;
@@ -54,6 +55,8 @@ use crate::confine::EXIT_CODE as DENIED;
 use device::Device;
 #[cfg(feature = "rogue")]
 pub use device::rogue;
+use history::Ending;
+pub use history::History;
 use leash::Word;
 pub use leash::{Inherited, Kept};
 pub(crate) use leash::{Leash, MAX_STATE};
@@ -91,6 +94,7 @@ pub fn run(channels: &[&ChannelSpec]) -> Result<ExitCode, Failure> {
         worker: None,
         next: None,
         served: false,
+        history: History::default(),
         ending: None,
         deadline: None,
         pause: Duration::ZERO,
@@ -115,6 +119,7 @@ struct Keeper {
     next: Option<Worker>,
     /// A worker has ever been ready.
     served: bool,
+    history: History,
     /// We are to end when the worker has; with which exit code, unless with the worker's.
     ending: Option<Option<u8>>,
     /// When the next worker must have said that it can begin, and then the worker have left.
@@ -160,7 +165,11 @@ impl Keeper {
         }
         self.hear();
         self.devices.iter_mut().for_each(Device::turn);
-        if let Some(status) = self.next.as_mut().and_then(Worker::ended) {
+        if let Some(next) = &mut self.next
+            && let Some(status) = next.ended()
+        {
+            self.history
+                .note(Ending::Failed, status, next.since.elapsed());
             self.stay(&format!("it ended with {status}"));
         }
         if let Some(status) = self.worker.as_mut().and_then(Worker::ended) {
@@ -272,9 +281,18 @@ impl Keeper {
     /// The worker is gone. The exit code, if that is the end.
     fn worker_ended(&mut self, status: ExitStatus) -> Option<u8> {
         let worker = self.worker.take()?;
-        self.devices.iter_mut().for_each(Device::worker_gone);
+        let lasted = worker.since.elapsed();
         let code = status.code().filter(|code| *code != PANICKED);
         let code = code.and_then(|code| u8::try_from(code).ok());
+        let ending = match code {
+            Some(REPLACED) => Ending::Replaced,
+            Some(_) if !worker.began => Ending::Failed,
+            _ => Ending::Died,
+        };
+        self.history.note(ending, status, lasted);
+        for device in &mut self.devices {
+            device.worker_gone(ending == Ending::Died);
+        }
         if let Some(ending) = self.ending {
             return ending.or(code).or(Some(FAILED));
         }
@@ -292,7 +310,6 @@ impl Keeper {
         if code.is_some() && (worker.began || !self.served) {
             return code;
         }
-        let lasted = worker.since.elapsed();
         if lasted >= STABLE {
             self.pause = Duration::ZERO;
         }
@@ -338,12 +355,12 @@ impl Keeper {
         worker.since = Instant::now();
         if let Some(leash) = &worker.leash {
             for device in &mut self.devices {
-                if let Err(error) = device.begin(leash) {
+                if let Err(error) = device.begin(leash, &self.history) {
                     warn!("cannot let a worker begin: {error}");
                 }
             }
         }
-        debug!("the worker is process {}", worker.pid());
+        debug!(history = ?self.history, "the worker is process {}", worker.pid());
         self.worker = Some(worker);
     }
 }

@@ -28,6 +28,7 @@ use virtproxy_engine::sandbox;
 pub use place::{CONSOLE, Place, PlaceError, PortArg};
 
 use crate::device::{DeviceHandle, Port, PortKind, PortSpec, StartError};
+use crate::keeper::History;
 use peer::Door;
 use relay::Relay;
 
@@ -136,6 +137,7 @@ pub struct Ports {
     refused: Count,
     /// What the program counts beside.
     channels: Channels,
+    workers: History,
 }
 
 struct Served {
@@ -149,14 +151,16 @@ struct Served {
 }
 
 impl Ports {
-    /// No ports yet beside `mux`. The counters of `channels` are shown with those of the ports.
-    pub fn new(device: DeviceHandle, mux: &str, channels: Channels) -> Self {
+    /// No ports yet beside `mux`. The counters of `channels`, and what became of the `workers` before this one, are shown with
+    /// those of the ports.
+    pub fn new(device: DeviceHandle, mux: &str, channels: Channels, workers: History) -> Self {
         Ports {
             device,
             mux: mux.to_owned(),
             served: RefCell::default(),
             refused: Count::default(),
             channels,
+            workers,
         }
     }
 
@@ -292,6 +296,7 @@ impl Ports {
                 "now": self.served.borrow().len(),
                 "reached": self.refused.get(),
             },
+            "workers": self.workers,
         })
     }
 

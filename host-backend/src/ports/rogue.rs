@@ -38,7 +38,7 @@ impl Handler for Echo {
                     Ok(json!(arg.to_string()))
                 }
                 Ok(Asked::Remove(name)) => Ok(json!(name)),
-                Ok(Asked::List) => Ok(json!([])),
+                Ok(Asked::List | Asked::Counters) => Ok(json!([])),
                 Err(error) => Err(PortError::to_string(&error)),
             }
         })

@@ -60,6 +60,10 @@ impl Channel for Detecting {
         })
     }
 
+    fn carried(&mut self) {
+        self.inner.carried();
+    }
+
     fn name(&self) -> &str {
         self.inner.name()
     }

@@ -92,6 +92,10 @@ impl<A: AsyncFnMut() -> Attempt> Channel for Retrying<A> {
         Box::pin(self.next())
     }
 
+    fn carried(&mut self) {
+        self.pauses.worked();
+    }
+
     fn name(&self) -> &str {
         &self.name
     }

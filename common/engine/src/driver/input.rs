@@ -139,6 +139,7 @@ impl Driver {
                 info!(peer = peer.product, "session established");
                 self.counters.sessions.established.inc();
                 self.incompatible = false;
+                self.carried = true;
                 self.open_waiting();
             }
             Event::Incompatible(peer) => {

@@ -203,6 +203,7 @@ impl Driver {
     }
 
     fn refuse_client(&mut self, key: usize, why: &str) {
+        // Dropped, its socket is cut off.
         let Some(local) = self.locals.try_remove(key) else {
             return;
         };
@@ -214,9 +215,6 @@ impl Driver {
             warn!("{}: a client is refused: {why}{more}", local.service);
         } else {
             debug!("{}: a client is refused: {why}", local.service);
-        }
-        if let Some(socket) = local.socket {
-            socket.abort();
         }
     }
 
@@ -271,7 +269,9 @@ impl Driver {
             if local.is_done() {
                 debug!(%stream, service = %local.service, why = %Ended::Finished, "stream ended");
                 self.counters.ended(Ended::Finished);
-                self.locals.remove(key);
+                if let Some(socket) = self.locals.remove(key).socket {
+                    socket.end();
+                }
             }
         }
     }
@@ -300,9 +300,6 @@ impl Driver {
         self.session.consumed(now, stream, local.backlog.len());
         if let Phase::Connecting(task) = local.phase {
             task.abort();
-        }
-        if let Some(socket) = local.socket {
-            socket.abort();
         }
     }
 

@@ -158,6 +158,8 @@ pub struct Driver {
     /// Why the link must end, found while bytes were handled.
     ended: Option<End>,
     restarts: (Instant, u32),
+    /// The present link has carried a session.
+    carried: bool,
     started: Instant,
     /// When the present turn began, which is as much as it knows of the time.
     clock: Instant,
@@ -248,6 +250,7 @@ impl Driver {
             connects: JoinSet::new(),
             ended: None,
             restarts: (now, 0),
+            carried: false,
             started: now,
             clock: now,
             next_ping: now + KEEPALIVE,
@@ -321,6 +324,9 @@ impl Driver {
             self.new_session()?;
             self.incompatible = false;
             drop(link);
+            if std::mem::take(&mut self.carried) {
+                channel.carried();
+            }
             if up.elapsed() >= STABLE {
                 backoff = BACKOFF.0;
             }

@@ -273,3 +273,45 @@ fn another_process_tells_what_was_not_told() {
     let mut third = handed_over(&next);
     assert_eq!(sent(&mut third), [(0, DEVICE_REMOVE, 0, vec![])]);
 }
+
+/// What the process after this one has of it.
+fn taken_over(machine: &Machine) -> Machine {
+    let saved = serde_json::to_vec(machine).unwrap();
+    let mut next: Machine = serde_json::from_slice(&saved).unwrap();
+    next.take_over();
+    next
+}
+
+#[test]
+fn a_port_that_was_added_twice_says_so_twice_and_stays_open() {
+    let mut machine = machine();
+    machine.handle(&message(0, DEVICE_READY, 1)).unwrap();
+    // The one before died when it had added the port, and before it had saved that.
+    let mut machine = taken_over(&machine);
+    assert_eq!(sent(&mut machine)[0], (0, DEVICE_ADD, 0, vec![]));
+    let ready = message(0, PORT_READY, 1);
+    assert_eq!(machine.handle(&ready), Ok(None));
+    let open = machine.handle(&message(0, PORT_OPEN, 1));
+    assert_eq!(open, Ok(Some(Effect::Opened(0))));
+    sent(&mut machine);
+    host_open(&mut machine, 0, false);
+    assert_eq!(machine.handle(&ready), Ok(None), "the other one");
+    assert!(matches!(machine.port(0), Some((_, true))), "it is open");
+    let told = sent(&mut machine);
+    assert!(told.contains(&(0, PORT_OPEN, 0, vec![])), "it missed that");
+    let again = machine.handle(&ready);
+    assert_eq!(again, Ok(Some(Effect::Closed(0))), "set up anew");
+}
+
+#[test]
+fn a_port_that_was_known_is_not_added_twice() {
+    let mut machine = machine();
+    machine.handle(&message(0, DEVICE_READY, 1)).unwrap();
+    sent(&mut machine);
+    let ready = message(0, PORT_READY, 1);
+    machine.handle(&ready).unwrap();
+    machine.handle(&message(0, PORT_OPEN, 1)).unwrap();
+    let mut machine = taken_over(&machine);
+    let again = machine.handle(&ready);
+    assert_eq!(again, Ok(Some(Effect::Closed(0))), "set up anew");
+}

@@ -122,6 +122,7 @@ impl World {
                 record: Record::default(),
                 asked: None,
                 swallow: 0,
+                deaths: 0,
             },
             qemu,
             messages: Vec::new(),
