@@ -13,8 +13,8 @@ pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
 
-/// How long an interrupt may take before it is called lost.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+/// How long an interrupt may take before it is called lost: longer than a test stalls the other side for.
+pub const PATIENCE: Duration = Duration::from_secs(75);
 
 /// A buffer: address and length.
 pub type Buffer = (u64, u32);

@@ -28,8 +28,8 @@ pub(super) enum Phase {
     Waiting(Instant),
     /// A client whose stream the peer has not answered yet.
     Opening,
-    /// A target that is being connected to.
-    Connecting(AbortHandle),
+    /// A target that is being connected to, by a task unless it is done at once.
+    Connecting(Option<AbortHandle>),
     /// Bytes flow.
     Open,
 }

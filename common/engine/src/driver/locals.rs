@@ -1,7 +1,9 @@
 //! The streams' local sides: clients that come in, targets that are connected to, and how they end.
 
+use std::future::Future;
 use std::io;
 use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use mio::Token;
@@ -298,7 +300,7 @@ impl Driver {
         let now = self.now();
         let local = self.locals.remove(key);
         self.session.consumed(now, stream, local.backlog.len());
-        if let Phase::Connecting(task) = local.phase {
+        if let Phase::Connecting(Some(task)) = local.phase {
             task.abort();
         }
     }
@@ -327,7 +329,7 @@ impl Driver {
         };
         let deadline = self.settings.connect_timeout;
         let key = self.locals.vacant_key();
-        let task = self.connects.spawn(async move {
+        let mut connect = Box::pin(async move {
             let result = tokio::time::timeout(deadline, target.connect()).await;
             let result = result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
             let named = result.map_err(|error| {
@@ -337,16 +339,29 @@ impl Driver {
             (key, stream, named)
         });
         debug!(%stream, service, "connecting");
+        // To a service of the same machine it is done at once, and needs no task.
+        let now = connect
+            .as_mut()
+            .poll(&mut Context::from_waker(Waker::noop()));
+        let task = now.is_pending().then(|| self.connects.spawn(connect));
         self.locals
             .insert(Local::new(service.into(), Phase::Connecting(task)));
         self.join(stream, key);
+        if let Poll::Ready(connected) = now {
+            self.connected(connected);
+        }
+    }
+
+    /// A task that connects has ended.
+    pub(super) fn joined(&mut self, joined: Result<Connected, JoinError>) {
+        // Else it was cancelled.
+        if let Ok(connected) = joined {
+            self.connected(connected);
+        }
     }
 
     /// A target was connected to, or not.
-    pub(super) fn connected(&mut self, joined: Result<Connected, JoinError>) {
-        let Ok((key, stream, result)) = joined else {
-            return; // cancelled
-        };
+    fn connected(&mut self, (key, stream, result): Connected) {
         if self.key_of(stream) != Some(key) {
             return; // cancelled just now
         }

@@ -405,8 +405,8 @@ impl Driver {
     /// One turn; whether another may do more at once.
     fn turn(&mut self, link: &mut dyn Link) -> io::Result<bool> {
         self.local_events()?;
-        while let Some(result) = self.connects.try_join_next() {
-            self.connected(result);
+        while let Some(joined) = self.connects.try_join_next() {
+            self.joined(joined);
         }
         self.keepalive();
         self.look_for_stalls();
@@ -461,8 +461,8 @@ impl Driver {
             biased;
             () = poll_fn(|cx| link.poll_ready(cx)) => self.receivable = true,
             () = poll_fn(|cx| self.sockets.poll_ready(cx)) => self.events_pending = true,
-            Some(result) = self.connects.join_next(), if !self.connects.is_empty() => {
-                self.connected(result);
+            Some(joined) = self.connects.join_next(), if !self.connects.is_empty() => {
+                self.joined(joined);
             }
             () = sleep_until(deadline) => {}
             _ = stop.changed(), if stopping.is_none() => {}
