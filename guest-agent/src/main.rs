@@ -7,7 +7,8 @@ use clap::Parser;
 use virtproxy_agent::port::PortChannel;
 use virtproxy_engine::channel::Channel;
 use virtproxy_engine::channels;
-use virtproxy_engine::program::{self, CHANNELS, EXIT_CODES, Options};
+use virtproxy_engine::counters::Channels;
+use virtproxy_engine::program::{self, CHANNELS, EXIT_CODES, Options, Program};
 use virtproxy_engine::spec::{ChannelSpec, Method};
 
 const PRODUCT: &str = concat!("virtproxy-agent ", env!("CARGO_PKG_VERSION"));
@@ -34,7 +35,16 @@ struct Cli {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    program::run(PRODUCT, &cli.options, &make_channel, &|| Ok(()))
+    program::start_log(cli.options.verbose);
+    let program = Program {
+        product: PRODUCT,
+        options: &cli.options,
+        make: &make_channel,
+        ready: &|| Ok(()),
+        counters: &Channels::default(),
+        replaced: None,
+    };
+    program::exit_code(program.run().map(drop))
 }
 
 fn make_channel(spec: &ChannelSpec, options: &Options) -> io::Result<Box<dyn Channel>> {

@@ -18,7 +18,9 @@ use virtproxy_engine::admin;
 use virtproxy_engine::channel::{BoxFuture, Channel, Link};
 use virtproxy_engine::channels;
 use virtproxy_engine::counters::Channels;
-use virtproxy_engine::program::{self, CHANNELS, EXIT_CODES, End, Failure, MakeChannel, Options};
+use virtproxy_engine::program::{
+    self, CHANNELS, EXIT_CODES, End, Failure, MakeChannel, Options, Program,
+};
 use virtproxy_engine::spec::{ChannelSpec, Method};
 use virtproxy_engine::unix_socket;
 use virtproxy_host::confine::EXIT_CODE as DENIED;
@@ -151,7 +153,15 @@ fn run(
     replaced: Option<&dyn Fn()>,
 ) -> ExitCode {
     let ready = || cli.sandbox.enter(&cli.options, &cli.beside);
-    match program::run_replaceable(PRODUCT, &cli.options, make, &ready, counters, replaced) {
+    let program = Program {
+        product: PRODUCT,
+        options: &cli.options,
+        make,
+        ready: &ready,
+        counters,
+        replaced,
+    };
+    match program.run() {
         Ok(End::Replaced) => ExitCode::from(keeper::REPLACED),
         result => program::exit_code(result.map(drop)),
     }

@@ -26,8 +26,9 @@ const VMS: usize = 200;
 /// How long the fleet is looked at.
 const IDLE: Duration = Duration::from_secs(5);
 
-/// The most that keeper and worker of one VM may have, half of them, in KiB.
-const GOAL: u64 = 2048;
+/// The most that keeper and worker of one VM may have, half of them, in KiB. A debug build's code is larger, and so are its
+/// stacks.
+const GOAL: u64 = if cfg!(debug_assertions) { 4096 } else { 2048 };
 
 /// A keeper with its worker; ended when dropped, whatever happened.
 struct Vm {

@@ -211,11 +211,20 @@ pub enum End {
     Replaced,
 }
 
-/// Runs a program until it is asked to end. `product` is its name and version.
-pub fn run(product: &str, options: &Options, make: MakeChannel<'_>, ready: Ready<'_>) -> ExitCode {
-    start_log(options.verbose);
-    let counters = Channels::default();
-    exit_code(run_replaceable(product, options, make, ready, &counters, None).map(drop))
+/// What one of the programs adds to the engine.
+pub struct Program<'p> {
+    /// Name and version.
+    pub product: &'p str,
+    /// What the user wants.
+    pub options: &'p Options,
+    /// See [`MakeChannel`].
+    pub make: MakeChannel<'p>,
+    /// See [`Ready`].
+    pub ready: Ready<'p>,
+    /// Each channel's counters are added to these.
+    pub counters: &'p Channels,
+    /// With it, SIGHUP has it called, and then ends the program without a delay.
+    pub replaced: Option<&'p dyn Fn()>,
 }
 
 /// The exit code, once the user knows what went wrong.
@@ -227,22 +236,6 @@ pub fn exit_code(result: Result<(), Failure>) -> ExitCode {
             ExitCode::from(failure.exit_code())
         }
     }
-}
-
-/// Runs a program whose log is started. Each channel's counters are added to `counters`. With `replaced`, SIGHUP has it called, and then ends the program without a delay.
-pub fn run_replaceable(
-    product: &str,
-    options: &Options,
-    make: MakeChannel<'_>,
-    ready: Ready<'_>,
-    counters: &Channels,
-    replaced: Option<&dyn Fn()>,
-) -> Result<End, Failure> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    let served = serve(product, options, make, ready, counters, replaced);
-    LocalSet::new().block_on(&runtime, served)
 }
 
 /// Lets the program tell its user what it does.
@@ -264,96 +257,100 @@ pub fn start_log(verbose: u8) {
         .init();
 }
 
-async fn serve(
-    product: &str,
-    options: &Options,
-    make: MakeChannel<'_>,
-    ready: Ready<'_>,
-    counters: &Channels,
-    replaced: Option<&dyn Fn()>,
-) -> Result<End, Failure> {
-    let session = options.limits.session().map_err(Failure::Usage)?;
-    if let Err(error) = raise_descriptor_limit() {
-        debug!("cannot raise the limit of open files: {error}");
+impl Program<'_> {
+    /// Runs the program, whose log is started, until it is asked to end.
+    pub fn run(&self) -> Result<End, Failure> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        LocalSet::new().block_on(&runtime, self.serve())
     }
-    let (stop, stopped) = watch::channel(None);
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hang_up = match replaced {
-        Some(replaced) => Some((signal(SignalKind::hangup())?, replaced)),
-        None => None,
-    };
-    let mut end = End::Done;
 
-    let mut prepared = Vec::new();
-    for (index, spec) in options.channels.iter().enumerate() {
-        let out = forwards("-o", &options.out, &options.channels, index)?;
-        let serve = forwards("-i", &options.serve, &options.channels, index)?;
-        served_once(&serve)?;
-        let settings = Settings {
-            connect_timeout: options.connect_timeout,
-            wait_for_peer: options.wait_for_peer,
-            udp_timeout: options.udp_timeout,
-            limits: options.limits.clone(),
-            session: Config {
-                product: product.into(),
-                ..session.clone()
-            },
+    async fn serve(&self) -> Result<End, Failure> {
+        let options = self.options;
+        let session = options.limits.session().map_err(Failure::Usage)?;
+        if let Err(error) = raise_descriptor_limit() {
+            debug!("cannot raise the limit of open files: {error}");
+        }
+        let (stop, stopped) = watch::channel(None);
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hang_up = match self.replaced {
+            Some(replaced) => Some((signal(SignalKind::hangup())?, replaced)),
+            None => None,
         };
-        let driver = Driver::new(settings, &out, &serve)?;
-        counters.add(spec.to_string(), driver.counters());
-        let named = |source| Failure::Channel {
-            channel: spec.to_string(),
-            source,
-        };
-        prepared.push((driver, make(spec, options).map_err(named)?));
-    }
-    ready()?;
-    let mut drivers = JoinSet::new();
-    for (driver, channel) in prepared {
-        let name = channel.name().to_owned();
-        let stopped = stopped.clone();
-        drivers.spawn_local(async move {
-            let result = driver.run(channel, stopped).await;
-            result.map_err(|source| Failure::Channel {
-                channel: name,
+        let mut end = End::Done;
+
+        let mut prepared = Vec::new();
+        for (index, spec) in options.channels.iter().enumerate() {
+            let out = forwards("-o", &options.out, &options.channels, index)?;
+            let serve = forwards("-i", &options.serve, &options.channels, index)?;
+            served_once(&serve)?;
+            let settings = Settings {
+                connect_timeout: options.connect_timeout,
+                wait_for_peer: options.wait_for_peer,
+                udp_timeout: options.udp_timeout,
+                limits: options.limits.clone(),
+                session: Config {
+                    product: self.product.into(),
+                    ..session.clone()
+                },
+            };
+            let driver = Driver::new(settings, &out, &serve)?;
+            self.counters.add(spec.to_string(), driver.counters());
+            let named = |source| Failure::Channel {
+                channel: spec.to_string(),
                 source,
-            })
-        });
-    }
-    loop {
-        let hung_up = async {
-            match &mut hang_up {
-                Some((signal, replaced)) => {
-                    signal.recv().await;
-                    *replaced
+            };
+            prepared.push((driver, (self.make)(spec, options).map_err(named)?));
+        }
+        (self.ready)()?;
+        let mut drivers = JoinSet::new();
+        for (driver, channel) in prepared {
+            let name = channel.name().to_owned();
+            let stopped = stopped.clone();
+            drivers.spawn_local(async move {
+                let result = driver.run(channel, stopped).await;
+                result.map_err(|source| Failure::Channel {
+                    channel: name,
+                    source,
+                })
+            });
+        }
+        loop {
+            let hung_up = async {
+                match &mut hang_up {
+                    Some((signal, replaced)) => {
+                        signal.recv().await;
+                        *replaced
+                    }
+                    None => pending().await,
                 }
-                None => pending().await,
-            }
-        };
-        let grace = tokio::select! {
-            _ = terminate.recv() => options.grace,
-            _ = interrupt.recv() => options.grace,
-            replaced = hung_up => {
-                replaced();
-                end = End::Replaced;
-                Duration::ZERO
-            }
-            ended = drivers.join_next() => match ended {
-                Some(Ok(result)) => {
-                    result?;
-                    continue;
+            };
+            let grace = tokio::select! {
+                _ = terminate.recv() => options.grace,
+                _ = interrupt.recv() => options.grace,
+                replaced = hung_up => {
+                    replaced();
+                    end = End::Replaced;
+                    Duration::ZERO
                 }
-                Some(Err(error)) => return Err(io::Error::other(error).into()),
-                None => {
-                    info!("ended");
-                    return Ok(end);
-                }
-            },
-        };
-        debug!(?grace, "asked to end");
-        // A receiver that is gone has ended already.
-        let _ = stop.send(Some(grace));
+                ended = drivers.join_next() => match ended {
+                    Some(Ok(result)) => {
+                        result?;
+                        continue;
+                    }
+                    Some(Err(error)) => return Err(io::Error::other(error).into()),
+                    None => {
+                        info!("ended");
+                        return Ok(end);
+                    }
+                },
+            };
+            debug!(?grace, "asked to end");
+            // A receiver that is gone has ended already.
+            let _ = stop.send(Some(grace));
+        }
     }
 }
 
