@@ -26,7 +26,7 @@
 use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
-use std::task::Poll;
+use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use tokio::sync::oneshot;
@@ -40,6 +40,9 @@ use super::Status;
 use super::peer::{Door, Peer};
 use super::terminal::looks;
 use crate::device::Port;
+
+/// Looks at what is stale: enough for a full ring and some sessions, and an end for a guest that writes and writes.
+const MOST_STALE: usize = 128;
 
 /// What a console's peer may be behind, in bytes.
 const CONSOLE_BACKLOG: usize = 64 * 1024;
@@ -159,7 +162,27 @@ impl Relay {
     fn met(&mut self) {
         debug!(port = self.name, "somebody is there");
         if !self.console {
+            self.discard();
             self.port.set_connected(true);
+        }
+    }
+
+    /// Discards what the guest wrote to whoever was there before, and has not been looked at since.
+    fn discard(&mut self) {
+        let mut cx = Context::from_waker(Waker::noop());
+        for _ in 0..MOST_STALE {
+            let Some(link) = &mut self.link else {
+                match self.port.poll_open(&mut cx) {
+                    Poll::Ready(opened) => self.link = Some(opened),
+                    Poll::Pending => return,
+                }
+                continue;
+            };
+            match link.receive(&mut |_| {}) {
+                Ok(Progress::Again) => {}
+                Ok(_) => return,
+                Err(_) => self.link = None,
+            }
         }
     }
 
