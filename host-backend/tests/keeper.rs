@@ -126,8 +126,17 @@ fn with_port_at(place: PathBuf) -> (Program, PathBuf, Guest) {
     (program, place, guest)
 }
 
+/// What a guest that floods writes before it sees that our side is closed, at most.
+const STALE: usize = 64 * 1024;
+
 /// Bytes both ways, all of which arrive.
 fn check(guest: &mut Guest, place: &Path, seed: u64) {
+    check_behind(guest, place, seed, 0);
+}
+
+/// The same, but before them the client may get so much that the guest wrote to another one: see "Known to be missing" in
+/// ARCHITECTURE.md.
+fn check_behind(guest: &mut Guest, place: &Path, seed: u64, most: usize) {
     guest.open(1);
     let mut client = client(place);
     guest.wait_host_connected(1, true);
@@ -138,6 +147,13 @@ fn check(guest: &mut Guest, place: &Path, seed: u64) {
             client.write_all(&expected).unwrap();
             let mut received = vec![0; expected.len()];
             client.read_exact(&mut received).unwrap();
+            let start = received.windows(16).position(|few| *few == expected[..16]);
+            let stale = start.expect("other bytes came from the guest");
+            assert!(stale <= most, "{stale} bytes came before those for us");
+            received.drain(..stale);
+            received.resize(expected.len(), 0);
+            let (_, rest) = received.split_at_mut(expected.len() - stale);
+            client.read_exact(rest).unwrap();
             assert!(received == expected, "other bytes came from the guest");
         });
         assert!(guest.read(1, bytes.len()) == bytes, "other bytes came");
@@ -214,7 +230,7 @@ fn a_worker_killed_under_a_flood_is_followed_by_another() {
         flood(&mut guest, &place, round, || {
             program.signal_worker(libc::SIGKILL);
         });
-        check(&mut guest, &place, 1000 + round);
+        check_behind(&mut guest, &place, 1000 + round, STALE);
         guest.close(1);
         thread::sleep(LASTS);
     }
@@ -231,7 +247,7 @@ fn sighup_replaces_the_worker_and_takes_no_port_from_the_guest() {
             kill(program.pid(), libc::SIGHUP);
         });
         program.wait_next(old);
-        check(&mut guest, &place, 1000 + round);
+        check_behind(&mut guest, &place, 1000 + round, STALE);
         guest.close(1);
     }
     assert!(guest.heard.iter().all(|said| said.event != DEVICE_REMOVE));

@@ -30,7 +30,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{LazyLock, OnceLock};
 use std::thread::{self, Scope};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
@@ -356,6 +356,19 @@ pub fn request(address: &str, line: &str) -> Result<TcpStream> {
     stream.set_write_timeout(Some(STUCK))?;
     writeln!(stream, "{line}")?;
     Ok(stream)
+}
+
+/// Connections a second, one after another, each with a call.
+///
+/// # Errors
+/// One of them fails.
+pub fn connects(address: &str, duration: Duration) -> Result<f64> {
+    let (start, mut count) = (Instant::now(), 0);
+    while start.elapsed() < duration {
+        Caller::new(address)?.call(b"hello")?;
+        count += 1;
+    }
+    Ok(f64::from(count) / start.elapsed().as_secs_f64())
 }
 
 /// Sends `n` bytes and closes the sending side: the service knows their number, and its answer still comes.

@@ -13,6 +13,11 @@ use virtproxy_tests::scene::Scene;
 
 const BULK: u64 = 512 << 20;
 const ROUNDS: usize = 3;
+const PERIOD: Duration = Duration::from_secs(3);
+
+/// What the guest's two processors have done (`/proc/stat`), and its agent and its service, in ticks.
+const TICKS: &str = "head -n 1 /proc/stat; set -- $(ps | grep '[p]eer serve'); \
+    for p in $(pidof virtproxy-agent) $1; do cut -d' ' -f14,15 /proc/$p/stat; done";
 
 /// MB/s of one transfer, without hashing: the emulated guest's arithmetic is not what is measured.
 fn rate(transfer: impl FnOnce() -> Result<()>) -> Result<f64> {
@@ -59,12 +64,7 @@ fn figures_for_the_readme() -> Result<()> {
         let micros = |share| calls.percentile(share).as_micros() as f64;
         p50.push(micros(0.5));
         p99.push(micros(0.99));
-        let (start, mut count) = (Instant::now(), 0);
-        while start.elapsed() < Duration::from_secs(3) {
-            Caller::new(&scene.peer)?.call(b"hello")?;
-            count += 1;
-        }
-        connections.push(f64::from(count) / start.elapsed().as_secs_f64());
+        connections.push(peer::connects(&scene.peer, PERIOD)?);
     }
     println!("\n| what | median of {ROUNDS} (smallest to largest) |\n| --- | --- |");
     println!(
@@ -79,4 +79,47 @@ fn figures_for_the_readme() -> Result<()> {
         spread(connections)
     );
     Ok(())
+}
+
+/// What holds new connections: how many the guest makes to its own service, with no way into it at all, and who is at work
+/// there while they come from the host.
+#[test]
+#[ignore = "boots a guest: cargo xtask test"]
+fn figures_of_a_connection() -> Result<()> {
+    let scene = Scene::start()?;
+    for _ in 0..ROUNDS {
+        let within = scene.guest.check("peer connects 127.0.0.1:7000 3")?;
+        let before = ticks(&scene)?;
+        let through = peer::connects(&scene.peer, PERIOD)?;
+        let after = ticks(&scene)?;
+        let of: Vec<_> = std::iter::zip(&after, &before)
+            .map(|(a, b)| a - b)
+            .collect();
+        let all: u64 = of[..7].iter().sum();
+        #[allow(clippy::cast_precision_loss)]
+        let share = |ticks: u64| 100.0 * ticks as f64 / all as f64;
+        let [user, nice, system, idle, _, irq, soft] = of[..7] else {
+            unreachable!("seven of them")
+        };
+        println!(
+            "{} connections a second within the guest, {through:.0} from the host; meanwhile its processors: {:.0} % user, \
+             {:.0} % system, {:.0} % interrupts, {:.0} % idle; {:.0} % in the agent, {:.0} % in the service",
+            within.trim(),
+            share(user + nice),
+            share(system),
+            share(irq + soft),
+            share(idle),
+            share(of[10] + of[11]),
+            share(of[12] + of[13]),
+        );
+    }
+    Ok(())
+}
+
+fn ticks(scene: &Scene) -> Result<Vec<u64>> {
+    let text = scene.guest.check(TICKS)?;
+    let numbers = text.split_whitespace().filter_map(|word| word.parse().ok());
+    let numbers: Vec<u64> = numbers.collect();
+    ensure!(numbers.len() >= 14, "not what was asked for: {text}");
+    Ok(numbers)
 }

@@ -41,6 +41,11 @@ fn main() -> Result<()> {
             std::thread::sleep(Duration::from_secs(seconds.parse()?));
             Ok(())
         }
+        ["connects", address, seconds] => {
+            let many = peer::connects(address, Duration::from_secs(seconds.parse()?))?;
+            println!("{many:.0}");
+            Ok(())
+        }
         ["full", address] => full(address),
         ["hold", device, seconds] => {
             let _port = open_port(device)?;
@@ -56,7 +61,7 @@ fn main() -> Result<()> {
         }
         ["tap-before", faults, ref command @ ..] => tap::run_before(command, Faults(faults.into())),
         _ => bail!(
-            "usage: peer serve|download|upload|echo|stall|full|hold|ticks|line|other-version|tap-... ..."
+            "usage: peer serve|download|upload|echo|stall|connects|full|hold|ticks|line|other-version|tap-... ..."
         ),
     }
 }
