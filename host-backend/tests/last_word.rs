@@ -51,7 +51,7 @@ impl Worker {
             leash,
         };
         assert_eq!(worker.hears(), [0], "it is there");
-        let begin = [&[0], last_word].concat();
+        let begin = [&b"{\"resumed\":false}\n"[..], last_word].concat();
         send(&worker.leash, &begin, SendFlags::empty()).unwrap();
         worker
     }
