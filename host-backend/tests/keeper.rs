@@ -404,11 +404,11 @@ fn a_request_that_a_worker_did_not_answer_is_answered_by_the_next() {
 #[test]
 fn a_driver_starts_whenever_its_worker_is_killed() {
     let (program, place, mut guest) = with_port();
-    for round in 0..20 {
+    for round in 0..12 {
         thread::sleep(LASTS);
         thread::scope(|scope| {
             scope.spawn(|| {
-                thread::sleep(Duration::from_micros(round * 293));
+                thread::sleep(Duration::from_micros(round * 487));
                 program.signal_worker(libc::SIGKILL);
             });
             guest.reboot();

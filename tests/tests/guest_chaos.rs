@@ -2,7 +2,7 @@
 //!
 //! What must hold each time: once what the user must start again is started again (a keeper with its QEMU, a QEMU; the agent
 //! is started by the guest), a new connection works; every transfer was whole, or its client saw that it was cut off; and
-//! at the end all that is there works. `VIRTPROXY_CHAOS` says for how many seconds (40), `VIRTPROXY_SEED` which choices.
+//! at the end all that is there works. `VIRTPROXY_CHAOS` says for how many seconds (25), `VIRTPROXY_SEED` which choices.
 
 use std::env;
 use std::fmt;
@@ -41,7 +41,7 @@ const TIMES: [usize; 4] = [4, 4, 1, 1];
 #[test]
 #[ignore = "boots guests: cargo xtask test"]
 fn nothing_is_wedged_or_wrong_whoever_is_killed() -> Result<()> {
-    let seconds = env::var("VIRTPROXY_CHAOS").map_or(Ok(40), |seconds| seconds.parse())?;
+    let seconds = env::var("VIRTPROXY_CHAOS").map_or(Ok(25), |seconds| seconds.parse())?;
     let mut random = Random::from_environment("VIRTPROXY_SEED")?;
     let mut scene = Scene::start()?;
     prepare(&scene)?;

@@ -1,7 +1,7 @@
 //! The daemon's worker is killed, or replaced, at random moments under bulk both ways.
 //!
 //! What must hold each time: QEMU lives, the guest goes on, a new connection works soon, and every transfer that ended as if
-//! it were whole was whole. `VIRTPROXY_ROUNDS` says how many times (15).
+//! it were whole was whole. `VIRTPROXY_ROUNDS` says how many times (10).
 
 use std::env;
 use std::thread;
@@ -32,7 +32,7 @@ const LONGEST: &str = "tail -qn 1 /tmp/ticks.*";
 fn a_guest_outlives_workers_that_are_killed_or_replaced() -> Result<()> {
     let scene = Scene::start()?;
     let rounds = env::var("VIRTPROXY_ROUNDS").ok();
-    let rounds = rounds.map_or(Ok(15), |rounds| rounds.parse())?;
+    let rounds = rounds.map_or(Ok(10), |rounds| rounds.parse())?;
     end_workers(&scene, "SIGKILL", rounds, || {
         signal(scene.worker()?, libc::SIGKILL);
         Ok(())

@@ -19,7 +19,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     list: bool,
     /// How long each fuzz target runs
-    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     fuzz_seconds: u32,
     /// Words for the test programs, such as a part of a test's name
     #[arg(last = true, value_name = "ARGS")]
