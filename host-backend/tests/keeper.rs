@@ -267,17 +267,22 @@ fn a_ring_goes_on_where_it_was_beyond_its_end_and_after_a_stop() {
     }
 }
 
-#[test]
-fn what_lies_in_the_ring_of_a_closed_port_is_not_the_next_sessions() {
-    let (program, place, mut guest) = with_port();
+/// A port that the guest closed with its ring full, as its client, which this returns, does not read.
+fn fill(guest: &mut Guest, place: &Path) -> UnixStream {
     guest.open(1);
-    let peer = client(&place);
+    let peer = client(place);
     guest.wait_host_connected(1, true);
-    // A peer that does not read: the ring fills.
     while guest.write(1, &[7; 32_768]) > 0 {
         thread::sleep(Duration::from_micros(100));
     }
     guest.close(1);
+    peer
+}
+
+#[test]
+fn what_lies_in_the_ring_of_a_closed_port_is_not_the_next_sessions() {
+    let (program, place, mut guest) = with_port();
+    let peer = fill(&mut guest, &place);
     let old = program.signal_worker(libc::SIGKILL);
     program.wait_next(old);
     drop(peer);
@@ -288,13 +293,7 @@ fn what_lies_in_the_ring_of_a_closed_port_is_not_the_next_sessions() {
 fn nor_is_it_if_the_machine_is_stopped_meanwhile() {
     let (program, place, mut guest) = with_port();
     for round in 0..5 {
-        guest.open(1);
-        let peer = client(&place);
-        guest.wait_host_connected(1, true);
-        while guest.write(1, &[7; 32_768]) > 0 {
-            thread::sleep(Duration::from_micros(100));
-        }
-        guest.close(1);
+        let peer = fill(&mut guest, &place);
         guest.pause_and_resume(|_| {
             let old = program.signal_worker(libc::SIGKILL);
             program.wait_next(old);

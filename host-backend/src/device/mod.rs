@@ -20,8 +20,8 @@
 //! The **control thread** (`control_queue`) never waits for anything but the end of a link's transaction: the
 //! guest's kernel spins until it has been heard. All bytes move on the **engine's thread**, in [`Link`] calls; a link
 //! hears its kicks there too (`kick`), lets gather what a busy guest writes (`gather`), and puts interrupts off that can wait
-//! (`late`). The **data thread** passes those kicks on that come before, and discards what the guest wrote to nobody. Neither this one nor the first may ever
-//! return an error or panic: the library would end the thread without a word.
+//! (`late`). The **data thread** passes those kicks on that come before, and discards what the guest wrote to nobody.
+//! Neither this one nor the first may ever return an error or panic: the library would end the thread without a word.
 //!
 //! Whoever changes something that another thread must act on *pokes* both worker threads: an eventfd in both their
 //! epoll sets, edge-triggered and never read.
